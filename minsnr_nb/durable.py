@@ -1,0 +1,292 @@
+"""The one place where the package writes, renames or removes files.
+
+Everything else computes bytes and hands them over, so what a crash, a full disk or a lost power
+supply can do to a run is decided, and tested, on this page. Three promises:
+
+- `replace`, `publish`, `claim`: a reader sees the old state or the new one, never half of it;
+- `Appender.line`: a line is in the log whole, or it was the last one and lacks its newline;
+- every failure is one `DurableError` naming the operation, the path and the errno; temporary files
+  are gone by then. A failed fsync is never repeated: Linux may call the lost pages clean.
+"""
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from minsnr_nb.config import MinsnrError
+
+__all__ = [
+    "Appender",
+    "DurableError",
+    "claim",
+    "create",
+    "cut",
+    "make_dir",
+    "publish",
+    "remove",
+    "replace",
+    "sha256",
+    "whole_lines",
+]
+
+Data = bytes | str | Iterable[bytes]
+
+
+class DurableError(MinsnrError):
+    "A file operation failed; the message names the operation, the path and the errno"
+
+    errno: int | None = None
+
+
+@contextmanager
+def _doing(verb: str, path):
+    "Turn an `OSError` inside into the one line a user can act on"
+    try:
+        yield
+    except OSError as e:
+        code = errno.errorcode.get(e.errno, type(e).__name__)
+        error = DurableError(f"cannot {verb} {path}: {e.strerror or e} ({code})")
+        error.errno = e.errno
+        raise error from e
+
+
+def _buffers(data: Data):
+    if isinstance(data, str):
+        data = data.encode()
+    return (data,) if isinstance(data, (bytes, bytearray, memoryview)) else data
+
+
+def _write_all(fd: int, buffer) -> None:
+    "A write may be short without being an error; go on until everything is down"
+    view = memoryview(buffer)
+    view = view.cast("B") if view.nbytes else view[:0]
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _fsync(path: Path) -> None:
+    "Flush a file or a directory; some network file systems refuse the latter with EINVAL"
+    if os.name == "nt" and path.is_dir():
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(fd)
+
+
+def _write_new(path: Path, data: Data, mode: int, sync: bool) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+    try:
+        for buffer in _buffers(data):
+            _write_all(fd, buffer)
+        if sync:
+            os.fsync(fd)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _hidden_beside(path: Path, prefix: str) -> Path:
+    "A fresh dot-name in the same directory: renames stay inside one file system"
+    return path.parent / f".{prefix}-{secrets.token_hex(6)}"
+
+
+@contextmanager
+def _flushed_beside(path: Path, data: Data, mode: int = 0o666):
+    "`data` in a flushed temporary file next to `path`; whatever happens it is gone afterwards"
+    temp = _hidden_beside(path, "tmp")
+    _write_new(temp, data, mode, sync=True)
+    try:
+        yield temp
+    finally:
+        with suppress(OSError):
+            os.unlink(temp)
+
+
+def create(path, data: Data, *, mode: int = 0o666) -> Path:
+    "Write a new file inside a staging directory; `publish` flushes it. An existing path is an error"
+    path = Path(path)
+    with _doing("write", path):
+        _write_new(path, data, mode, sync=False)
+    return path
+
+
+def replace(path, data: Data, *, mode: int = 0o666) -> Path:
+    "Put a whole file in place: temporary file, fsync, rename over, directory fsync"
+    path = Path(path)
+    with _doing("write", path):
+        with _flushed_beside(path, data, mode) as temp:
+            os.replace(temp, path)
+        _fsync(path.parent)
+    return path
+
+
+def claim(path, data: Data) -> bool:
+    "Put a whole file in place only if nothing is there; False when somebody was first"
+    path = Path(path)
+    with _doing("claim", path):
+        with _flushed_beside(path, data) as temp:
+            try:
+                os.link(temp, path)  # atomic and exclusive, on old NFS as well
+            except FileExistsError:
+                return False
+        _fsync(path.parent)
+    return True
+
+
+class Appender:
+    "An append-only text file: one write per line, and a line that failed is taken back"
+
+    def __init__(self, path):
+        self.path = Path(path)
+        with _doing("open", self.path):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+            self._fd = os.open(self.path, flags, 0o666)
+
+    def line(self, text: str) -> int:
+        "Append `text` and a newline; the number of bytes added"
+        data = (text + "\n").encode()
+        done = 0
+        with _doing("append to", self.path):
+            try:
+                while done < len(data):
+                    done += os.write(self._fd, data[done:] if done else data)
+            except BaseException:
+                self._take_back(done)
+                raise
+        return done
+
+    def _take_back(self, done: int) -> None:
+        "Remove the torn start of our own line, unless somebody has written behind it"
+        with suppress(OSError):
+            end = os.lseek(self._fd, 0, os.SEEK_CUR)
+            if done and os.fstat(self._fd).st_size == end:
+                os.ftruncate(self._fd, end - done)
+
+    def sync(self) -> None:
+        "Flush what was appended to the disk"
+        with _doing("flush", self.path):
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        "Close the file; a second call does nothing"
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            with _doing("close", self.path):
+                os.close(fd)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+def make_dir(path) -> list[Path]:
+    "Make a directory and its missing parents; the ones that were made, outermost first"
+    path, missing = Path(path), []
+    for parent in (path, *path.parents):
+        if parent.is_dir():
+            break
+        missing.insert(0, parent)
+    made = []
+    for parent in missing:
+        with _doing("make", parent):
+            try:
+                os.mkdir(parent)
+                made.append(parent)
+            except FileExistsError:  # fine when another process made the same directory
+                if not parent.is_dir():
+                    raise
+            _fsync(parent.parent)
+    return made
+
+
+def publish(staging, final) -> Path:
+    "Make a staged directory visible: flush all of it, one rename, flush the parent"
+    staging, final = Path(staging), Path(final)
+    with _doing("publish", final):
+        for folder, _, files in os.walk(staging, topdown=False):
+            for name in files:
+                _fsync(Path(folder, name))
+            _fsync(Path(folder))
+        # rename(2) refuses a file and a filled directory by itself; this adds the empty directory
+        if os.path.lexists(final):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        os.rename(staging, final)
+        _fsync(final.parent)
+    return final
+
+
+def remove(path) -> None:
+    "Remove a file or a directory tree, which is hidden first so that nobody meets half of it"
+    path = Path(path)
+    with _doing("remove", path):
+        if path.is_dir() and not path.is_symlink():
+            gone = path if path.name.startswith(".") else _hidden_beside(path, "gone")
+            if gone != path:
+                os.rename(path, gone)
+            shutil.rmtree(gone)
+        elif os.path.lexists(path):
+            os.unlink(path)
+        else:
+            return
+        _fsync(path.parent)
+
+
+def whole_lines(path) -> int:
+    "Length in bytes of a log without a torn last line"
+    with _doing("read", path), open(path, "rb") as f:
+        end = f.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            f.seek(start)
+            newline = f.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+    return 0
+
+
+def cut(path, size: int, keep_to) -> int:
+    "Truncate a log to `size` bytes after its tail was kept in `keep_to`; the bytes cut off"
+    path, keep_to = Path(path), Path(keep_to)
+    with _doing("read", path), open(path, "rb") as f:
+        if f.seek(0, os.SEEK_END) < size:
+            raise OSError(errno.EINVAL, f"shorter than the {size} bytes to keep")
+        f.seek(size)
+        tail = f.read()
+    if tail:
+        make_dir(keep_to.parent)
+        replace(_free_or_equal(keep_to, tail), tail)
+        with _doing("truncate", path):
+            os.truncate(path, size)
+            _fsync(path)
+    return len(tail)
+
+
+def _free_or_equal(path: Path, data: bytes) -> Path:
+    "`path`, or the first numbered name beside it that is free; the same bytes are kept once"
+    candidate, n = path, 0
+    while candidate.exists() and candidate.read_bytes() != data:
+        n += 1
+        candidate = path.with_stem(f"{path.stem}-{n}")
+    return candidate
+
+
+def sha256(path) -> str:
+    "Hex digest of a file's content"
+    with _doing("read", path), open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
