@@ -1,0 +1,248 @@
+"The repository itself: the checks of tools/ pass on it, and each goes red on a copy that is broken on purpose"
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import check_layers  # noqa: E402
+import check_nbs  # noqa: E402
+import docs_sync_check  # noqa: E402
+import hygiene  # noqa: E402
+
+CHECKS = {"layers": check_layers, "nbs": check_nbs, "docs": docs_sync_check, "hygiene": hygiene}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_repository(name):
+    assert list(CHECKS[name].findings(ROOT)) == []
+
+
+def test_settings_ini_stays_inert():
+    "Without this table nbdev would read settings.ini, which belongs to the kit"
+    assert "[tool.nbdev]" in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+def test_a_check_is_a_command(tmp_path):
+    "One line per finding on stdout, exit code 1; silence and 0 otherwise"
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    command = [sys.executable, ROOT / "tools/hygiene.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+    (tmp_path / "weights.pt").write_bytes(b"")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "weights.pt: .pt files do not belong in git\n")
+
+
+@pytest.fixture(scope="session")
+def _house(tmp_path_factory) -> Path:
+    "Two notebooks with their modules, exported, as a repository of its own"
+    house = tmp_path_factory.mktemp("house")
+    for (
+        name
+    ) in "pyproject.toml nbs/00_config.ipynb nbs/01_registry.ipynb minsnr_nb/durable.py".split():
+        (house / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, house / name)
+    (house / "minsnr_nb/__init__.py").write_text('"A house"\n\n__version__ = "0"\n')
+    (house / "README.md").write_text(
+        "# House\n\n<!-- shared: a -->\n`uv run pytest`\n<!-- end -->\n"
+    )
+    shutil.copy(house / "README.md", house / "nbs/index.qmd")
+    contents = "[index.qmd, 00_config.ipynb, {section: S, contents: [01_registry.ipynb]}]"
+    (house / "_quarto.yml").write_text(f"website: {{sidebar: {{contents: {contents}}}}}\n")
+    (house / "nbs/_quarto.yml").symlink_to("../_quarto.yml")
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+    code = "from nbdev.doclinks import nbdev_export; nbdev_export()"
+    subprocess.run([sys.executable, "-c", code], cwd=house, env=env, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=house, check=True)
+    return house
+
+
+@pytest.fixture
+def house(_house, tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(docs_sync_check, "verbs", lambda root: {"list", "train"})
+    return shutil.copytree(_house, tmp_path / "house", symlinks=True)
+
+
+def test_the_house_is_in_order(house):
+    "The control: what goes red below is green before it is broken"
+    assert {name: list(check.findings(house)) for name, check in CHECKS.items()} == dict.fromkeys(
+        CHECKS, []
+    )
+
+
+def add(name: str, content: str | bytes):
+    "Break a house by appending to a file, or adding one"
+
+    def broken(house: Path) -> None:
+        path = house / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = content.encode() if isinstance(content, str) else content
+        path.write_bytes((path.read_bytes() if path.exists() else b"") + data)
+
+    return broken
+
+
+def edit(change):
+    "Break a house by changing its first notebook"
+
+    def broken(house: Path) -> None:
+        path = house / "nbs/00_config.ipynb"
+        nb = json.loads(path.read_text("utf-8"))
+        change(nb)
+        path.write_text(json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+    return broken
+
+
+def copy_to(name: str):
+    return lambda house: shutil.copy(house / "nbs/00_config.ipynb", house / f"nbs/{name}.ipynb")
+
+
+def first_code(nb: dict) -> dict:
+    return next(c for c in nb["cells"] if c["cell_type"] == "code")
+
+
+def output(**out):
+    return edit(lambda nb: first_code(nb).update(outputs=[out]))
+
+
+SAYS = {"name": "stdout", "output_type": "stream", "text": ["/home/somebody/data\n"]}
+WARNS = {"name": "stderr", "output_type": "stream", "text": ["careful\n"]}
+
+BROKEN = {
+    "import upwards": (
+        "layers",
+        add("minsnr_nb/config.py", "from .registry import bind\n"),
+        "not below",
+    ),
+    "hidden import upwards": (
+        "layers",
+        add("minsnr_nb/config.py", "def f():\n    import minsnr_nb.registry\n"),
+        "not below",
+    ),
+    "dynamic import upwards": (
+        "layers",
+        add("minsnr_nb/config.py", "def f():\n    import_module('.registry', 'minsnr_nb')\n"),
+        "not below",
+    ),
+    "broken import": (
+        "layers",
+        add("minsnr_nb/config.py", "import nowhere\n"),
+        "cannot be imported",
+    ),
+    "module of no layer": ("layers", add("minsnr_nb/extra.py", "x = 1\n"), "no notebook"),
+    "early pandas": ("layers", add("minsnr_nb/registry.py", "import pandas as pd\n"), "at the top"),
+    "early torch": ("layers", add("minsnr_nb/registry.py", "import torch\n"), "imports torch"),
+    "pickle": ("layers", add("minsnr_nb/config.py", "def f():\n    import pickle\n"), "no pickle"),
+    "torch.save": (
+        "layers",
+        add("minsnr_nb/config.py", "def f():\n    torch.save(1, 'x')\n"),
+        "is a pickle",
+    ),
+    "second writer": (
+        "layers",
+        add("minsnr_nb/config.py", "def f():\n    open('x', mode='ab')\n"),
+        "only durable",
+    ),
+    "second remover": (
+        "layers",
+        add("minsnr_nb/config.py", "def f():\n    Path('x').unlink()\n"),
+        "only durable",
+    ),
+    "edited module": ("nbs", add("minsnr_nb/config.py", "x = 1\n"), "run nbdev_export"),
+    "orphan module": ("nbs", add("minsnr_nb/orphan.py", "x = 1\n"), "no notebook exports it"),
+    "two notebooks, one module": ("nbs", copy_to("02_config"), "as 00_config.ipynb does"),
+    "stem and module differ": ("nbs", copy_to("02_settings"), "has the stem"),
+    "name without a place": ("nbs", copy_to("scratch"), "neither NN_module nor study_name"),
+    "unclean notebook": (
+        "nbs",
+        edit(lambda nb: first_code(nb)["metadata"].update(collapsed=True)),
+        "run nbdev_clean",
+    ),
+    "other kernel": (
+        "nbs",
+        edit(lambda nb: nb["metadata"]["kernelspec"].update(name="mine")),
+        "kernelspec",
+    ),
+    "huge notebook": (
+        "nbs",
+        edit(lambda nb: nb["cells"][1]["source"].append("words " * 50_000)),
+        "at most 300000",
+    ),
+    "stored warning": ("nbs", output(**WARNS), "stored stderr"),
+    "code without prose": (
+        "nbs",
+        edit(lambda nb: nb.update(cells=[c for c in nb["cells"] if c["cell_type"] == "code"])),
+        "0 markdown cells",
+    ),
+    "no export": (
+        "nbs",
+        edit(lambda nb: nb["cells"][2]["source"].append("\nfrom . import x")),
+        "export fails",
+    ),
+    "no notebooks": ("nbs", lambda h: [p.unlink() for p in h.glob("nbs/*.ipynb")], "no notebooks"),
+    "missing command": ("docs", add("README.md", "`uv run nbdev_fly`\n"), "no such command"),
+    "missing verb": ("docs", add("README.md", "```\nminsnr levitate RUN\n```\n"), "no such verb"),
+    "missing file": ("docs", add("README.md", "`uv run python tools/none.py`\n"), "no such file"),
+    "missing notebook": ("docs", add("README.md", "`37_nowhere`\n"), "no such notebook"),
+    "missing key": ("docs", add("README.md", "`train.stpes=3`\n"), "no such key"),
+    "dead link": ("docs", add("nbs/index.qmd", "[here](nowhere.ipynb)\n"), "no such file"),
+    "dead link in a notebook": (
+        "docs",
+        edit(lambda nb: nb["cells"][1]["source"].append("\n[here](nowhere.ipynb)")),
+        "no such file",
+    ),
+    "front pages differ": (
+        "docs",
+        add("README.md", "<!-- shared: b -->\nonly here\n<!-- end -->\n"),
+        "not the same",
+    ),
+    "page outside the sidebar": ("docs", add("nbs/docs/lost.qmd", "# Lost\n"), "missing from the"),
+    "page that is gone": ("docs", lambda h: (h / "nbs/01_registry.ipynb").unlink(), "is not there"),
+    "two site files": (
+        "docs",
+        lambda h: ((h / "nbs/_quarto.yml").unlink(), add("nbs/_quarto.yml", "website: {}")(h)),
+        "is not _quarto.yml",
+    ),
+    "weights": ("hygiene", add("a/net.safetensors", b""), "do not belong"),
+    "disguised weights": (
+        "hygiene",
+        add("net.txt", b"\x40" + bytes(7) + b'{"w":1}'),
+        "safetensors",
+    ),
+    "disguised pickle": ("hygiene", add("notes.txt", b"\x80\x04\x95data"), "is a pickle"),
+    "disguised archive": ("hygiene", add("notes.md", b"PK\x03\x04"), "is a zip archive"),
+    "big file": ("hygiene", add("table.csv", b"1,2\n" * 300_000), "at most"),
+    "uv.lock": ("hygiene", add("uv.lock", "version = 1\n"), "made locally"),
+    "a run": ("hygiene", add("runs/p/2026-01-01_00-00-00_abcdefg/metrics.json", "{}"), "stays on"),
+    "address in the lock": (
+        "hygiene",
+        add("requirements.lock", "-i https://example.org\n"),
+        "address",
+    ),
+    "home in an output": ("hygiene", output(**SAYS), "names /home/somebody"),
+    "secret": ("hygiene", add("notes.md", "AKIA" + "A1B2C3D4" * 2), "like a secret"),
+    "conflict": ("hygiene", add("README.md", "<<<" + "<<<< ours\n"), "merge conflict"),
+    "link that leaves": (
+        "hygiene",
+        lambda h: (h / "out").symlink_to("/etc"),
+        "leaves the repository",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_goes_red(case, house):
+    check, broken, expected = BROKEN[case]
+    broken(house)
+    found = list(CHECKS[check].findings(house))
+    assert any(expected in line for line in found), found
+    assert all("\n" not in line for line in found)

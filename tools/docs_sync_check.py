@@ -1,0 +1,152 @@
+"""Check that the pages name only what exists: commands, files, links, config keys, pages of the site.
+
+usage: python tools/docs_sync_check.py [ROOT]
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import yaml
+from _report import main
+
+TOP = "nbs minsnr_nb configs tests tools .ci .github".split()  # where a named path must exist
+SPAN = re.compile(r"`([^`\n]+)`")
+FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.M | re.S)
+SHARED = re.compile(r"<!-- shared: (\w+) -->\n(.*?)<!-- end -->", re.S)
+
+
+def pages(root: Path) -> dict[str, str]:
+    "The prose of the repository: pages, and the markdown cells of notebooks"
+    texts = [*root.glob("*.md"), *root.glob("nbs/*.qmd"), *root.glob("nbs/docs/*.qmd")]
+    found = {p.relative_to(root).as_posix(): p.read_text("utf-8") for p in sorted(texts)}
+    for path in sorted(root.glob("nbs/*.ipynb")):
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        prose = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+        found[f"nbs/{path.name}"] = "\n\n".join(prose)
+    return found
+
+
+def code(text: str) -> Iterator[str]:
+    "Every inline code span and every line of a code block, without its comment"
+    blocks = FENCE.findall(text)
+    lines = [line for block in blocks for line in block.splitlines()]
+    for snippet in [*SPAN.findall(FENCE.sub("", text)), *lines]:
+        yield re.sub(r"(^|\s+)#\s.*$", "", snippet).strip()
+
+
+@cache
+def verbs(root: Path) -> frozenset[str]:
+    "What `minsnr` can do, from its own help"
+    command = [sys.executable, "-m", "minsnr_nb.cli", "--help"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    return frozenset(re.findall(r"^\s+(?:minsnr )?([a-z][a-z-]+)\b", done.stdout, re.M))
+
+
+def scripts(root: Path) -> set[str]:
+    "Commands that pyproject.toml installs"
+    return set(tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["scripts"])
+
+
+def commands(root: Path, snippet: str) -> Iterator[str]:
+    "Commands that do not exist"
+    for name in re.findall(r"\buv run (?:--?[\w-]+ )*([\w.-]+)", snippet):
+        if name not in scripts(root) and not shutil.which(name, path=Path(sys.executable).parent):
+            yield f"`uv run {name}`: no such command"
+    for verb in re.findall(r"(?:^|uv run |&& )minsnr (?!-)([A-Za-z]+)\b", snippet):
+        if verb not in verbs(root):
+            yield f"`minsnr {verb}`: no such verb; known: {', '.join(sorted(verbs(root)))}"
+
+
+def paths(root: Path, snippet: str) -> Iterator[str]:
+    "Files of this repository that do not exist"
+    for word in re.findall(rf"(?<![\w/.*])(?:{'|'.join(map(re.escape, TOP))})/[\w./-]+", snippet):
+        if not (root / word.rstrip(".")).exists() and not re.search(r"NN|[<*{…]", snippet):
+            yield f"`{word}`: no such file"
+    if re.fullmatch(r"\d\d_\w+", snippet) and not (root / f"nbs/{snippet}.ipynb").exists():
+        yield f"`{snippet}`: no such notebook"
+
+
+@cache
+def schema() -> dict[str, set[str] | None]:
+    "Sections of the config with their keys; None where a lane decides"
+    from pydantic import BaseModel
+
+    from minsnr_nb.config import Config, Lane
+
+    found: dict[str, set[str] | None] = {}
+    for name, field in Config.model_fields.items():
+        kind = field.annotation
+        fixed = (
+            isinstance(kind, type) and issubclass(kind, BaseModel) and not issubclass(kind, Lane)
+        )
+        found[name] = set(kind.model_fields) if fixed else None
+    return found
+
+
+def keys(snippet: str) -> Iterator[str]:
+    "Config keys that no section has"
+    sections = "|".join(schema())
+    for section, key in re.findall(rf"(?:^|\s)({sections})\.([a-z_0-9]+)(?:$|\s|=)", snippet):
+        known = schema()[section]
+        if known is not None and key not in known:
+            yield f"`{section}.{key}`: no such key; known: {', '.join(sorted(known))}"
+
+
+def links(root: Path, page: str, text: str) -> Iterator[str]:
+    "Relative links that lead nowhere"
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text)):
+        file = target.split("#")[0]
+        if file and not re.match(r"\w+:", file) and not ((root / page).parent / file).exists():
+            yield f"link to {target}: no such file"
+
+
+def shared(texts: dict[str, str]) -> Iterator[str]:
+    "What README and the home page both say, said differently"
+    front, home = (dict(SHARED.findall(texts.get(p, ""))) for p in ("README.md", "nbs/index.qmd"))
+    if not front:
+        yield "README.md: shares nothing with nbs/index.qmd"
+    for name in sorted(front.keys() | home.keys()):
+        if front.get(name) != home.get(name):
+            yield f"README.md: the part {name!r} is not the same in nbs/index.qmd"
+
+
+def sidebar(root: Path) -> Iterator[str]:
+    "Pages that the site cannot reach, or names in vain"
+
+    def files(entry) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            yield from (f for sub in entry["contents"] for f in files(sub))
+
+    site = yaml.safe_load((root / "_quarto.yml").read_text("utf-8"))
+    named = set(files(site["website"]["sidebar"]))
+    there = {p.relative_to(root / "nbs").as_posix() for p in (root / "nbs").rglob("*.ipynb")}
+    there |= {p.relative_to(root / "nbs").as_posix() for p in (root / "nbs").rglob("*.qmd")}
+    there = {p for p in there if not any(part.startswith((".", "_")) for part in p.split("/"))}
+    yield from (f"_quarto.yml: {p} is not there" for p in sorted(named - there))
+    yield from (f"_quarto.yml: {p} is missing from the sidebar" for p in sorted(there - named))
+    if (root / "nbs/_quarto.yml").read_bytes() != (root / "_quarto.yml").read_bytes():
+        yield "nbs/_quarto.yml: is not _quarto.yml"
+
+
+def findings(root: Path) -> Iterator[str]:
+    texts = pages(root)
+    for page, text in texts.items():
+        found = [*links(root, page, text)]
+        for snippet in code(text):
+            found += [*commands(root, snippet), *paths(root, snippet), *keys(snippet)]
+        yield from (f"{page}: {line}" for line in dict.fromkeys(found))
+    yield from shared(texts)
+    yield from sidebar(root)
+
+
+if __name__ == "__main__":
+    main(findings)
