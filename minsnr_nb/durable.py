@@ -26,9 +26,11 @@ __all__ = [
     "claim",
     "create",
     "cut",
+    "digest",
     "make_dir",
     "publish",
     "remove",
+    "remove_empty",
     "replace",
     "sha256",
     "whole_lines",
@@ -246,6 +248,17 @@ def remove(path) -> None:
         _fsync(path.parent)
 
 
+def remove_empty(path) -> None:
+    "Remove a directory that holds nothing; one that is in use stays, and that is no error"
+    path = Path(path)
+    with _doing("remove", path):
+        try:
+            os.rmdir(path)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+
+
 def whole_lines(path) -> int:
     "Length in bytes of a log without a torn last line"
     with _doing("read", path), open(path, "rb") as f:
@@ -284,6 +297,11 @@ def _free_or_equal(path: Path, data: bytes) -> Path:
         n += 1
         candidate = path.with_stem(f"{path.stem}-{n}")
     return candidate
+
+
+def digest(data: str | bytes) -> str:
+    "Hex digest of what is in memory"
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
 def sha256(path) -> str:
