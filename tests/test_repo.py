@@ -193,6 +193,7 @@ BROKEN = {
     "missing verb": ("docs", add("README.md", "```\nminsnr levitate RUN\n```\n"), "no such verb"),
     "missing file": ("docs", add("README.md", "`uv run python tools/none.py`\n"), "no such file"),
     "missing notebook": ("docs", add("README.md", "`37_nowhere`\n"), "no such notebook"),
+    "missing registry": ("docs", add("README.md", "`POTIONS`\n"), "no module defines"),
     "missing key": ("docs", add("README.md", "`train.stpes=3`\n"), "no such key"),
     "dead link": ("docs", add("nbs/index.qmd", "[here](nowhere.ipynb)\n"), "no such file"),
     "dead link in a notebook": (

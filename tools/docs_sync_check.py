@@ -73,6 +73,14 @@ def paths(root: Path, snippet: str) -> Iterator[str]:
         yield f"`{snippet}`: no such notebook"
 
 
+def constants(root: Path, snippet: str) -> Iterator[str]:
+    "Registries and tables in capitals that no module has"
+    if re.fullmatch(r"[A-Z]{4,}S", snippet):
+        modules = "".join(p.read_text("utf-8") for p in (root / "minsnr_nb").glob("*.py"))
+        if not re.search(rf"^{snippet}\b.*=", modules, re.M):
+            yield f"`{snippet}`: no module defines it"
+
+
 @cache
 def schema() -> dict[str, set[str] | None]:
     "Sections of the config with their keys; None where a lane decides"
@@ -143,6 +151,7 @@ def findings(root: Path) -> Iterator[str]:
         found = [*links(root, page, text)]
         for snippet in code(text):
             found += [*commands(root, snippet), *paths(root, snippet), *keys(snippet)]
+            found += constants(root, snippet)
         yield from (f"{page}: {line}" for line in dict.fromkeys(found))
     yield from shared(texts)
     yield from sidebar(root)
