@@ -7,7 +7,7 @@ __all__ = ['CHECKS', 'NEEDED', 'PICKLES', 'Check', 'check', 'check_run', 'contra
            'LAYOUT', 'Run', 'create_run', 'open_run', 'list_runs', 'write_summary', 'summarise', 'layout_table', 'beat',
            'derive_state', 'describe', 'read_status', 'set_status', 'start_attempt', 'attempts_of']
 
-# %% ../nbs/10_run_layout.ipynb #8249ee44
+# %% ../nbs/10_run_layout.ipynb #cb6aa746
 import os
 import re
 import unicodedata
@@ -19,7 +19,7 @@ from typing import NamedTuple
 from . import durable
 from .config import ConfigError, MinsnrError, read_yaml
 from .records import read_json, read_log
-from minsnr_nb.run_dir import (
+from minsnr_nb.run_dir import (  # noqa: F401
     LAYOUT,
     RESERVED,
     RUN_NAME,
@@ -34,7 +34,7 @@ from minsnr_nb.run_dir import (
     summarise,
     write_summary,
 )
-from minsnr_nb.run_state import (
+from minsnr_nb.run_state import (  # noqa: F401
     attempts_of,
     beat,
     derive_state,
