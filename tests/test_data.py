@@ -1,0 +1,263 @@
+"The data module as installed: downloads, damaged archives, threads, the cache."
+
+import pickle
+import struct
+import zipfile
+from hashlib import md5
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minsnr_nb.config import ConfigError
+from minsnr_nb.data import (
+    DATASETS,
+    ImageSet,
+    cache_dir,
+    cached_array,
+    find,
+    held_out,
+    order,
+    read_image,
+)
+from minsnr_nb.seeds import stream
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MINSNR_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def picture(shape=(8, 8, 3), kind="PNG", **how) -> bytes:
+    file = BytesIO()
+    pixels = RNG.integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(pixels).save(file, kind, **how)
+    return file.getvalue()
+
+
+def make_zip(path: Path, files: dict, method=zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as z:
+        for name, data in files.items():
+            z.writestr(name, data)
+    return path
+
+
+def load(path, split="train", root=Path("nowhere"), **keys) -> ImageSet:
+    return DATASETS.bind("image_folder", {"path": str(path), **keys})(root, split)
+
+
+def tree(path: Path) -> dict:
+    return {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+PLAIN = {f"{c}/{i}.png": picture() for c in "ab" for i in range(10)}
+
+
+# The order of images ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, batch", [(10, 7), (10, 10), (3, 8), (1, 5), (97, 32)])
+def test_each_image_once_per_epoch_for_any_batch_size(n, batch):
+    rng, steps = stream(3, "order"), -(-5 * n // batch)
+    seen = torch.cat([order(n, batch * s, batch, rng) for s in range(steps)])[: 5 * n].view(5, n)
+    assert (seen.sort(1).values == torch.arange(n)).all()
+    assert torch.equal(seen.flatten(), order(n, 0, 5 * n, rng))
+
+
+def test_callers_cannot_change_the_kept_permutation():
+    rng = stream(0, "order")
+    first = order(20, 0, 20, rng)
+    before = first.clone()
+    first.zero_()
+    assert torch.equal(order(20, 0, 20, rng), before)
+
+
+# Bad images and archives --------------------------------------------------------------------------
+
+
+def test_one_line_for_every_damaged_member(tmp_path):
+    whole = make_zip(tmp_path / "z.zip", PLAIN, zipfile.ZIP_STORED)
+    with zipfile.ZipFile(whole) as z:
+        at = z.getinfo("b/3.png").header_offset + 70
+    data = bytearray(whole.read_bytes())
+    data[at] ^= 0xFF  # the checksum of that member no longer fits
+    whole.write_bytes(data)
+    for _ in range(3):  # whichever thread meets it
+        with pytest.raises(ConfigError, match=r"cannot read image b/3\.png: Bad CRC") as e:
+            load(whole)
+        assert "\n" not in str(e.value)
+
+
+def test_a_cut_off_zip_is_no_zip(tmp_path):
+    whole = make_zip(tmp_path / "z.zip", PLAIN)
+    whole.write_bytes(whole.read_bytes()[:-40])
+    with pytest.raises(ConfigError, match="neither a directory nor a zip"):
+        load(whole)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"])
+def test_damage_anywhere_is_an_error_or_an_image_but_never_another_exception(kind):
+    data = picture((24, 24, 3), kind)
+    for cut in range(0, len(data), max(1, len(data) // 60)):
+        try:
+            assert read_image(data[:cut], "x").shape == (3, 24, 24)
+        except ConfigError as e:
+            assert str(e).startswith("data.path: cannot read image x: ") and "\n" not in str(e)
+
+
+def test_modes_and_orientation():
+    for shape, kind, mode, channels in (
+        ((6, 4), "PNG", "L", 1),
+        ((6, 4), "PNG", "1", 1),
+        ((6, 4), "PNG", "LA", 1),
+        ((6, 4, 3), "PNG", "P", 3),
+        ((6, 4, 3), "PNG", "RGBA", 3),
+        ((6, 4, 3), "JPEG", "CMYK", 3),
+    ):
+        file = BytesIO()
+        pixels = RNG.integers(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(file, kind)
+        assert read_image(file.getvalue(), mode).shape == (channels, 6, 4), mode
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    assert read_image(picture((6, 4, 3), "JPEG", exif=exif), "turned").shape == (3, 4, 6)
+
+
+def test_grey_and_colour_mix_follows_the_first_image_in_both_splits(tmp_path):
+    grey = {f"a/{i}.png": picture((8, 8)) for i in range(5)}
+    mixed = make_zip(tmp_path / "m.zip", grey | {f"b/{i}.png": picture() for i in range(5)})
+    for split in ("train", "test"):
+        assert load(mixed, split, test_share=0.4).shape == (1, 8, 8)
+        assert load(mixed, split, test_share=0.4, channels=3).shape == (3, 8, 8)
+
+
+def test_an_unreadable_folder_and_a_file_that_is_no_zip(tmp_path):
+    (tmp_path / "notes.txt").write_text("no zip")
+    with pytest.raises(ConfigError, match="neither a directory nor a zip"):
+        load(tmp_path / "notes.txt")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "1.png").write_bytes(picture())
+    with pytest.raises(ConfigError, match=r"1\.png in .* lies in no class folder"):
+        load(tmp_path / "flat")
+    with pytest.raises(ConfigError, match="no test split .* too few images|no train split"):
+        load(make_zip(tmp_path / "one.zip", {"a/1.png": picture()}), "train")
+
+
+def test_nothing_of_the_users_is_touched(tmp_path):
+    folder = tmp_path / "mine"
+    zipfile.ZipFile(make_zip(tmp_path / "z.zip", PLAIN)).extractall(folder)
+    (folder / "a" / "broken.png").write_bytes(b"broken")
+    (folder / "a" / ".hidden.png").write_bytes(b"broken")
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match="a/broken.png"):
+        [load(folder, split) for split in ("train", "test")]
+    (folder / "a" / "broken.png").unlink()
+    load(folder)
+    before.pop(folder / "a" / "broken.png")
+    assert tree(tmp_path) == before
+
+
+# Paths and the cache ------------------------------------------------------------------------------
+
+
+def test_a_relative_path_means_the_callers_directory_first(tmp_path, monkeypatch):
+    for place in ("cwd", "root"):
+        (tmp_path / place).mkdir()
+        make_zip(tmp_path / place / "z.zip", {})
+    monkeypatch.chdir(tmp_path / "cwd")
+    assert find("z.zip", tmp_path / "root") == (tmp_path / "cwd" / "z.zip").resolve()
+    (tmp_path / "cwd" / "z.zip").unlink()
+    assert find("z.zip", tmp_path / "root") == (tmp_path / "root" / "z.zip").resolve()
+    with pytest.raises(ConfigError, match="data.path: nothing at ''"):
+        find("", tmp_path / "root")
+
+
+def test_a_changed_image_is_decoded_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("minsnr_nb.data.CACHE_FROM", 1)
+    folder = tmp_path / "mine"
+    zipfile.ZipFile(make_zip(tmp_path / "z.zip", PLAIN)).extractall(folder)
+    first = load(folder)
+    assert load(folder).sha256 == first.sha256
+    assert len(list((cache_dir() / "images").iterdir())) == 1
+    used = next(n for n, test in zip(PLAIN, held_out(list(PLAIN), 0.1), strict=True) if not test)
+    (folder / used).write_bytes(picture())
+    assert load(folder).sha256 != first.sha256
+    assert len(list((cache_dir() / "images").iterdir())) == 2
+
+
+def test_a_cache_that_is_a_file_does_not_stop_a_run(monkeypatch, tmp_path):
+    monkeypatch.setattr("minsnr_nb.data.CACHE_FROM", 1)
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("MINSNR_CACHE", str(tmp_path / "taken"))
+    assert cached_array("k", lambda: np.ones(3, np.uint8)).sum() == 3
+
+
+# Downloads ----------------------------------------------------------------------------------------
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def fake_fashion_mnist(root: Path) -> None:
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, n in (("train", 12), ("t10k", 5)):
+        pixels = RNG.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(pixels))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.arange(n, dtype=np.uint8) % 10))
+
+
+def test_fashion_mnist_is_downloaded_once_and_appears_whole(tmp_path, monkeypatch):
+    calls = []
+
+    def download(self):
+        calls.append(self.root)
+        if not self._check_exists():
+            fake_fashion_mnist(Path(self.root))
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.download", download)
+    train, test = (DATASETS["fashion_mnist"](tmp_path / "data", s) for s in ("train", "test"))
+    assert (len(train), len(test), train.shape, len(calls)) == (12, 5, (1, 28, 28), 1)
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["FashionMNIST"]
+    assert train.classes[9] == "Ankle boot" and train.labels.tolist()[:3] == [0, 1, 2]
+
+
+def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
+    def download(self):
+        Path(self.root, "half.tar.gz").write_bytes(b"half")
+        raise RuntimeError("Error downloading")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", download)
+    with pytest.raises(ConfigError, match="connect this machine") as e:
+        DATASETS["cifar10"](tmp_path / "data", "train")
+    assert "\n" not in str(e.value) and not (tmp_path / "data").exists()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.txt").write_text("stays")
+    with pytest.raises(ConfigError, match="connect this machine"):
+        DATASETS["cifar10"](tmp_path / "data", "train")
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["mine.txt"]
+
+
+def test_cifar10_keeps_the_channels_apart(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rows = RNG.integers(0, 256, (6, 3072), dtype=np.uint8)
+    batch = pickle.dumps({"data": rows, "labels": [0, 1, 2, 3, 4, 5]})
+    meta = pickle.dumps({"label_names": list("abcdefghij")})
+    for name, data in (("one", batch), ("batches.meta", meta)):
+        (folder / name).write_bytes(data)
+    cifar = "torchvision.datasets.CIFAR10"
+    monkeypatch.setattr(f"{cifar}.train_list", [["one", md5(batch).hexdigest()]])
+    monkeypatch.setattr(f"{cifar}.test_list", [["one", md5(batch).hexdigest()]])
+    monkeypatch.setattr(f"{cifar}.meta", {
+        "filename": "batches.meta", "key": "label_names", "md5": md5(meta).hexdigest()
+    })  # fmt: skip
+    data = DATASETS["cifar10"](tmp_path, "train")
+    assert np.array_equal(data.images.numpy(), rows.reshape(6, 3, 32, 32))
+    assert data.labels.tolist() == [0, 1, 2, 3, 4, 5] and data.images.is_contiguous()
