@@ -7,7 +7,7 @@ __all__ = ['Split', 'DATASETS', 'SUFFIXES', 'CACHE_FROM', 'ImageSet', 'pixels', 
            'shapes', 'cifar10', 'fashion_mnist', 'list_images', 'class_names', 'held_out', 'read_image', 'read_images',
            'cache_dir', 'cached_array', 'find', 'image_folder']
 
-# %% ../nbs/20_data.ipynb #ea3eb7b0
+# %% ../nbs/20_data.ipynb #4a7487e6
 import hashlib
 import io
 import math
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from . import durable
 from .config import ConfigError, NonNegativeInt, PositiveInt
+from .provenance import project_root
 from .registry import Registry
 from .seeds import Stream, stream
 
@@ -428,7 +429,7 @@ def find(
     key: str = "path",  # Of the `data` section, for messages
 ) -> Path:
     "Find what a relative path means"
-    places = [Path.cwd(), Path(root).parent, Path(root)]
+    places = [Path.cwd(), project_root(), Path(root)]
     found = [p for place in places if (p := place / Path(path).expanduser()).exists()]
     if not path or not found:
         looked = ", ".join(dict.fromkeys(str(p.resolve()) for p in places))
