@@ -186,8 +186,8 @@ class EvalSection(BaseModel):
     samples: Annotated[int, Ge(2)] = 1000
     batch_size: PositiveInt = 500
     probe_images: PositiveInt = 360
-    probe_levels: PositiveInt = 32
     probe_bins: PositiveInt = 8
+    probe_draws: PositiveInt = 4
 
 # %% ../nbs/00_config.ipynb #4d15152c
 def _lanes(*names: str) -> tuple:
@@ -400,6 +400,8 @@ def load_config(
     data, where, name, log = {}, {}, "settings", []
     for source in sources:
         new, places, name = _read(source)
+        for section in [k for k, v in new.items() if isinstance(v, Mapping) and "name" in v]:
+            data.pop(section, None)
         data = OmegaConf.to_container(OmegaConf.merge(data, new))
         where |= places
     for text in overrides:

@@ -1,0 +1,182 @@
+"""Papermill's engine for studies: strict parameters, honest records, atomic saves.
+
+Installed as the default engine through the `papermill.engine` entry point, so that the plain
+`papermill` command does the right thing. A notebook is a study when its metadata says so
+(`minsnr.study`); every other notebook goes to the stock engine untouched. For a study
+
+- a parameter that is not declared, or has the wrong type, is refused in one line (exit code 2) and
+  nothing is written;
+- the kernel learns which notebook and parameters it serves (`MINSNR_PM`), so that its runs record a
+  command that can be typed again;
+- the executed notebook is saved atomically and copied into every run it made;
+- an expected error inside the kernel is one line on the terminal, not a page of traceback.
+
+Papermill imports this module in every process it starts: no torch, no work at import.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+import click
+import nbformat
+from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
+from papermill.inspection import _infer_parameters
+from papermill.iorw import papermill_io
+from papermill.translators import translate_parameters
+
+from minsnr_nb.config import nearest
+from minsnr_nb.durable import make_dir, replace
+
+TYPES = {"float": float, "int": int, "str": str, "bool": bool}
+EXPECTED = {"ConfigError": 2, "MinsnrError": 1, "RunFailed": 1, "DurableError": 1, "CheckpointError": 1}
+
+
+def checked_parameters(nb, kernel_name: str) -> dict:
+    "The given parameters, with whole numbers as floats where a float is declared"
+    declared = {p.name: p for p in _infer_parameters(nb, name=kernel_name, language="python")}
+    given, wrong = dict(nb.metadata.papermill.get("parameters") or {}), []
+    for name, value in given.items():
+        if name not in declared:
+            wrong.append(f"no parameter {name!r}{nearest(name, declared)}")
+            continue
+        want = TYPES.get(declared[name].inferred_type_name)
+        if want is float and type(value) is int:
+            given[name] = float(value)
+        elif want and type(value) is not want:
+            wrong.append(f"{name}: {value!r} is not {_a(want)}; its default is {declared[name].default}")
+    if wrong:
+        raise click.UsageError("; ".join(wrong))
+    return given
+
+
+def _a(kind: type) -> str:
+    return {float: "a number", int: "a whole number", str: "text", bool: "true or false"}[kind]
+
+
+def code_digest(nb) -> str:
+    "SHA-256 over the code cells as they will run"
+    code = [c.source for c in nb.cells if c.cell_type == "code"]
+    return hashlib.sha256("\n\0".join(code).encode()).hexdigest()
+
+
+class StudyManager(NotebookExecutionManager):
+    "Saves the notebook atomically, to the output path and into the runs"
+
+    runs_list: Path
+
+    def runs(self) -> list[Path]:
+        "Run directories that the kernel has created so far"
+        text = self.runs_list.read_text() if self.runs_list.exists() else ""
+        return [Path(line) for line in text.splitlines() if Path(line).is_dir()]
+
+    def save(self, **kwargs):
+        if kwargs.get("nb"):
+            self.nb = kwargs["nb"]
+        text = nbformat.writes(self.nb) + "\n"
+        if self.output_path:
+            replace(self.output_path, text)
+        self.last_save_time = self.now()
+        return text
+
+    def notebook_complete(self, **kwargs):
+        "Close the record; cells that an interrupt kept from running are not called completed"
+        reached = [cell.metadata.papermill["status"] for cell in self.nb.cells]
+        super().notebook_complete(**kwargs)
+        if self.nb.metadata.papermill.get("exception"):
+            for cell, status in zip(self.nb.cells, reached, strict=True):
+                cell.metadata.papermill["status"] = status
+
+    def keep(self) -> None:
+        "Put a copy of the notebook into every run"
+        text = self.save()
+        for run in self.runs():
+            make_dir(run / "notebook")
+            replace(run / "notebook" / "study.ipynb", text)
+
+
+class StudyEngine(NBClientEngine):
+    "The default engine: studies are checked and recorded, other notebooks run as ever"
+
+    @classmethod
+    def execute_notebook(cls, nb, kernel_name, output_path=None, progress_bar=True, log_output=False,
+                         autosave_cell_every=30, **kwargs):  # fmt: skip
+        if not nb.metadata.get("minsnr", {}).get("study"):
+            return super().execute_notebook(
+                nb, kernel_name, output_path, progress_bar, log_output, autosave_cell_every, **kwargs
+            )
+        parameters = checked_parameters(nb, kernel_name)
+        for cell in nb.cells:
+            if "injected-parameters" in cell.metadata.get("tags", []):
+                cell.source = translate_parameters(kernel_name, "python", parameters, "Parameters")
+        nb.metadata.papermill["parameters"] = parameters
+        # papermill has already moved to --cwd; paths on its command line are relative to the caller
+        home = Path(papermill_io.get_handler("local")._cwd or os.getcwd())
+        output = str(home / output_path) if output_path else None
+        manager = StudyManager(
+            nb, output_path=output, progress_bar=progress_bar, log_output=log_output,
+            autosave_cell_every=autosave_cell_every,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory(prefix="minsnr-") as scratch:
+            manager.runs_list = Path(scratch) / "runs"
+            record = {
+                "notebook": str(kwargs.get("input_path") or "notebook"),
+                "parameters": parameters,
+                "sha256": code_digest(nb),
+                "output": str(output_path or ""),
+                "runs_list": str(manager.runs_list),
+            }
+            with _environment(MINSNR_PM=json.dumps(record)):
+                cls._execute(manager, kernel_name, log_output, kwargs)
+        return manager.nb
+
+    @classmethod
+    def _execute(cls, manager, kernel_name, log_output, kwargs) -> None:
+        "Run the kernel; whatever happens, the notebook that is left says what happened"
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        manager.notebook_start()
+        try:
+            cls.execute_managed_notebook(manager, kernel_name, log_output=log_output, **kwargs)
+        except BaseException:
+            manager.nb.metadata.papermill["exception"] = True
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            manager.cleanup_pbar()
+            manager.notebook_complete()
+            manager.keep()
+        _raise_expected(manager.nb)
+
+
+def _raise_expected(nb) -> None:
+    "Turn an expected error of the kernel into one line and its exit code"
+    for cell in nb.cells:
+        for out in cell.get("outputs", []):
+            if out.get("output_type") == "error" and out.ename in EXPECTED:
+                error = click.ClickException(out.evalue)
+                error.exit_code = EXPECTED[out.ename]
+                raise error
+
+
+class _environment:
+    "Set environment variables for a while"
+
+    def __init__(self, **values: str):
+        self.values = values
+
+    def __enter__(self):
+        self.before = {k: os.environ.get(k) for k in self.values}
+        os.environ.update(self.values)
+
+    def __exit__(self, *exc):
+        for k, v in self.before.items():
+            if v is None:
+                os.environ.pop(k, None)
+            else:
+                os.environ[k] = v
+
+
+papermill_engines.register(None, StudyEngine)  # None is the engine that runs when none is named
