@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'MAX_PATCH', 'LOCKS', 'VARS', 'SCHEME', 'project_root', 'settings', 'without_credentials', 'git_state',
            'source_digest', 'code_sha256', 'command', 'torch_build', 'freeze', 'packages', 'environment', 'hardware',
-           'determinism', 'collect']
+           'determinism', 'Evidence', 'collect']
 
-# %% ../nbs/11_provenance.ipynb #91525ffe
+# %% ../nbs/11_provenance.ipynb #d422cc56
 import configparser
 import importlib.metadata as metadata
 import importlib.util
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .config import ConfigError, nearest
 from .durable import digest, sha256
@@ -203,6 +203,11 @@ def _inside(root: Path, path: str | None) -> str:
     return full.relative_to(root).as_posix() if full.is_relative_to(root) else full.name
 
 
+def _shorter(root: Path, arg: str) -> str:
+    "An argument, without the part of a path that leads to the project"
+    return _inside(root, arg) if os.path.isabs(arg) and Path(arg).is_relative_to(root) else arg
+
+
 def _papermill(root: Path, call: dict) -> dict:
     "The command of a notebook that our Papermill engine runs"
     notebook, output = _inside(root, call.get("notebook")), call.get("output")
@@ -262,7 +267,7 @@ def command(
         how["notebook"] = {"path": path or "unknown", "sha256": own, "executed": executed}
     else:
         how["notebook"] = None
-    how["argv"] = [without_credentials(a) for a in how["argv"]]
+    how["argv"] = [without_credentials(_shorter(root, a)) for a in how["argv"]]
     return how | {"cwd": os.getcwd()}
 
 # %% ../nbs/11_provenance.ipynb #aa80667b
@@ -380,13 +385,21 @@ def determinism(
         "tf32": {"matmul": matmul.allow_tf32, "cudnn": cudnn.allow_tf32},
     }
 
-# %% ../nbs/11_provenance.ipynb #04e75bc2
+# %% ../nbs/11_provenance.ipynb #02f70eba
 SCHEME = "philox-keyed/1"
+
+
+class Evidence(NamedTuple):
+    "What `create_run` is given"
+
+    provenance: dict  # the stamp, still without name and moment
+    files: dict[str, bytes]  # what it points to: name in meta/ -> content
 
 
 def collect(
     *,
     config_sha256: str,  # Digest of the resolved config
+    composed_sha256: str | None = None,  # Digest of the config as composed
     data: list[dict],  # Per data set: name, version, files, bytes, sha256
     seed: int,  # The run's seed
     threads: int,  # Threads of this run; 0 when torch chooses
@@ -396,12 +409,13 @@ def collect(
     mode: str = "best_effort",  # Declared determinism: "strict", "best_effort", "off"
     streams: tuple[str, ...] = (),  # Names of the random streams in use
     root: str | Path | None = None,  # Project root; found when None
-) -> tuple[dict, dict[str, bytes]]:  # For create_run: provenance, and files for meta/
+) -> Evidence:
     "Collect everything that a run should be able to say about its origin"
     root = Path(root).resolve() if root else project_root()
     git, patch = git_state(root)
     env, files = environment(root)
     how = command(root)
+    config = {"resolved_sha256": config_sha256, "composed_sha256": composed_sha256}
     provenance = {
         "command": how | {"entrypoint": entrypoint or how["entrypoint"]},
         "git": git,
@@ -410,8 +424,8 @@ def collect(
         "hardware": hardware(),
         "determinism": determinism(threads, mode),
         "rng": {"seed": seed, "scheme": SCHEME, "streams": list(streams)},
-        "config": {"resolved_sha256": config_sha256, "overrides": list(overrides)},
+        "config": config | {"overrides": list(overrides)},
         "data": list(data),
         "lineage": lineage,
     }
-    return provenance, files | ({"git.patch": patch} if patch else {})
+    return Evidence(provenance, files | ({"git.patch": patch} if patch else {}))

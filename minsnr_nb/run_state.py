@@ -107,10 +107,13 @@ def start_attempt(
 
 
 def _tidy(run: Run) -> None:
-    "Remove hidden leftovers of a killed attempt; only the owner of the run may"
+    "Clear what a killed attempt has left: hidden files, a torn line; only the owner may"
     for pattern in (".tmp-*", ".gone-*"):
         for leftover in list(run.path.rglob(pattern)):
             durable.remove(leftover)
+    if run.events_path.exists():
+        whole = durable.whole_lines(run.events_path)
+        durable.cut(run.events_path, whole, run.discarded / "events.jsonl")
 
 # %% ../nbs/09_run_state.ipynb #abe0073c
 def describe(
