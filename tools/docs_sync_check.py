@@ -43,10 +43,10 @@ def code(text: str) -> Iterator[str]:
 
 @cache
 def verbs(root: Path) -> frozenset[str]:
-    "What `minsnr` can do, from its own help"
-    command = [sys.executable, "-m", "minsnr_nb.cli", "--help"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    return frozenset(re.findall(r"^\s+(?:minsnr )?([a-z][a-z-]+)\b", done.stdout, re.M))
+    "What `minsnr` can do"
+    code = "from minsnr_nb.cli import VERBS; print(*(verb[0] for verb in VERBS))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    return frozenset(done.stdout.split())
 
 
 def scripts(root: Path) -> set[str]:
