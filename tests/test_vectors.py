@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from minsnr_nb.diffusion import error_ratio
 from minsnr_nb.minsnr_loss import WEIGHTINGS, loss_weight
 from minsnr_nb.schedule import SCHEDULES
+from minsnr_nb.toy import Gaussian, GaussianMixture
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "weight_vectors.json").read_text())
 RTOL = 1e-6
@@ -187,3 +189,27 @@ def test_closed_forms_in_log_snr():
     for (name, prediction), want in forms.items():
         got = loss_weight(name, log_snr.exp(), prediction=prediction)
         torch.testing.assert_close(got, want, rtol=1e-13, atol=0, msg=f"{name} on {prediction}")
+
+
+ORACLES = {
+    "gauss_s1": Gaussian(0.0, 1.0),
+    "gauss_s0.5": Gaussian(0.0, 0.5),
+    "gmm_pm1_sd0.1": GaussianMixture([-1.0, 1.0], [0.1, 0.1], [0.5, 0.5]),
+    "rademacher_pm1": GaussianMixture([-1.0, 1.0], [0.0, 0.0], [0.5, 0.5]),
+    "gmm_3comp(-1,0.2,1.5;sd .2,.1,.4;pi .3,.5,.2)": GaussianMixture(
+        [-1.0, 0.2, 1.5], [0.2, 0.1, 0.4], [0.3, 0.5, 0.2]
+    ),
+}
+
+
+@pytest.mark.parametrize("data", VECTORS["oracle_min_losses_linear"])
+def test_smallest_possible_loss(data):
+    want, schedule = (
+        VECTORS["oracle_min_losses_linear"][data],
+        schedule_of("linear_1e-4_0.02_T1000"),
+    )
+    floor, t = ORACLES[data].min_x0_mse(schedule), torch.tensor(want["t"])
+    for prediction in ("x0", "eps", "v"):
+        got = (floor * error_ratio(prediction, schedule.snr))[t]
+        wanted = numbers(want[f"min_{prediction}_mse"])
+        torch.testing.assert_close(got, wanted, rtol=RTOL, atol=1e-12)
