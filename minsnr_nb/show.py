@@ -6,13 +6,13 @@
 __all__ = ['COLOURS', 'DPI', 'WIDTH', 'HEIGHT', 'LOOK', 'LINE_ART', 'LOG_SNR', 'figure', 'png', 'save_png', 'draw_curves',
            'curves', 'over_log_snr', 'to_uint8', 'tile', 'side_by_side', 'image_grid']
 
-# %% ../nbs/03_show.ipynb #25b5024a
+# %% ../nbs/03_show.ipynb #c7dff895
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from .durable import replace
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+else:
+    Axes = Figure = Any
 
 # %% ../nbs/03_show.ipynb #0bf64413
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
@@ -53,7 +55,7 @@ def _page_figure() -> type:
 
 
 def _displayed_as(
-    make: Callable[["Figure"], bytes],  # Turns one of our figures into a PNG file
+    make: Callable[[Figure], bytes],  # Turns one of our figures into a PNG file
 ) -> None:
     "Tell a running notebook how to display our figures"
     if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
@@ -63,7 +65,7 @@ def _displayed_as(
 def figure(
     width: float = WIDTH,  # Inches, at most 6
     height: float = HEIGHT,  # Inches, at most 3
-) -> "Figure":  # Empty figure that arranges its own margins
+) -> Figure:  # Empty figure that arranges its own margins
     "Make a figure that no global list knows of"
     _displayed_as(png)
     size = min(width, WIDTH), min(height, HEIGHT)
@@ -71,7 +73,7 @@ def figure(
 
 # %% ../nbs/03_show.ipynb #d4abf59a
 def _flatten(
-    figure: "Figure",  # Anything with `savefig`
+    figure: Figure,  # Anything with `savefig`
 ) -> np.ndarray:  # Its pixels, uint8, (H, W, 3)
     "Draw a figure into an array"
     buffer = BytesIO()
@@ -84,7 +86,7 @@ LINE_ART = 4096  # colours; a figure with more holds photographs
 
 
 def png(
-    picture: "Figure | np.ndarray",  # Figure, or pixels as uint8: (H, W), (H, W, 3)
+    picture: Figure | np.ndarray,  # Figure, or pixels as uint8: (H, W), (H, W, 3)
 ) -> bytes:  # Content of a PNG file
     "Encode a figure or an array of pixels"
     from PIL import Image
@@ -99,7 +101,7 @@ def png(
 
 # %% ../nbs/03_show.ipynb #1fe7e7d2
 def save_png(
-    picture: "Figure | np.ndarray",  # Figure, or pixels as uint8: (H, W), (H, W, 3)
+    picture: Figure | np.ndarray,  # Figure, or pixels as uint8: (H, W), (H, W, 3)
     path: str | Path,  # File to write; its directory exists
 ) -> Path:  # The same path
     "Write a picture so that no reader ever sees half of it"
@@ -115,7 +117,7 @@ def _values(
 
 # %% ../nbs/03_show.ipynb #dd77b056
 def draw_curves(
-    ax: "Axes",  # Axes to draw into
+    ax: Axes,  # Axes to draw into
     x: Tensor | np.ndarray | Sequence[float],  # Positions, (N,)
     ys: Mapping[str, Tensor | np.ndarray | Sequence[float]],  # Name to values, each (N,)
     xlabel: str,  # Name of the x axis, with its unit
@@ -142,7 +144,7 @@ def curves(
     log_x: bool = False,  # Logarithmic x axis
     log_y: bool = False,  # Logarithmic y axis
     title: str | None = None,  # One line above the axes
-) -> "Figure":  # 6 x 3 inches
+) -> Figure:  # 6 x 3 inches
     "Draw named curves over one x"
     import matplotlib
 
@@ -161,7 +163,7 @@ def over_log_snr(
     ylabel: str,  # Name of the y axis, with its unit
     log_y: bool = False,  # Logarithmic y axis
     title: str | None = None,  # One line above the axes
-) -> "Figure":  # 6 x 3 inches
+) -> Figure:  # 6 x 3 inches
     "Draw named curves from noise to image"
     order = np.argsort(_values(log_snr))
     sorted_ys = {name: _values(y)[order] for name, y in ys.items()}
@@ -216,7 +218,7 @@ _TITLE, _GAP = 20, 8  # dots kept above a panel for its title, and between two p
 def side_by_side(
     images: Mapping[str, Tensor | np.ndarray],  # Title to images, each (N, C, H, W)
     ncols: int = 4,  # Images in a row of each panel
-) -> "Figure":  # At most 6 x 3 inches, one panel for each title
+) -> Figure:  # At most 6 x 3 inches, one panel for each title
     "Show several grids next to each other"
     import matplotlib
 
@@ -241,6 +243,6 @@ def side_by_side(
 def image_grid(
     images: Tensor | np.ndarray,  # (N, C, H, W), C 1 or 3; float in [-1, 1] or uint8
     ncols: int = 8,  # Images in a row
-) -> "Figure":  # At most 6 x 3 inches
+) -> Figure:  # At most 6 x 3 inches
     "Show a batch of images"
     return side_by_side({"": images}, ncols)
