@@ -1,10 +1,13 @@
 "The repository itself: the checks of tools/ pass on it, and each goes red on a copy that is broken on purpose"
 
+import importlib
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,25 @@ def test_a_check_is_a_command(tmp_path):
     (tmp_path / "weights.pt").write_bytes(b"")
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "weights.pt: .pt files do not belong in git\n")
+
+
+PAGES = sorted(
+    name
+    for name in check_layers.layers(ROOT).keys() - check_layers.PLAIN.keys()
+    if (ROOT / f"minsnr_nb/{name}.py").exists()
+)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_site_can_show_every_signature(name):
+    "nbdev_docs evaluates each annotation; one that names what is only imported for type checkers ends it"
+    module = importlib.import_module(f"minsnr_nb.{name}")
+    own = [o for o in vars(module).values() if getattr(o, "__module__", "") == module.__name__]
+    methods = [m for o in own if isinstance(o, type) for m in vars(o).values()]
+    for thing in own + methods:
+        if inspect.isfunction(thing):
+            inspect.signature(thing, eval_str=True)
+            typing.get_type_hints(thing)
 
 
 @pytest.fixture(scope="session")
