@@ -253,6 +253,11 @@ BROKEN = {
     ),
     "home in an output": ("hygiene", output(**SAYS), "names /home/somebody"),
     "secret": ("hygiene", add("notes.md", "AKIA" + "A1B2C3D4" * 2), "like a secret"),
+    "password in an address": (
+        "hygiene",
+        add("notes.md", "https://me:tok" + "en@git.somewhere.org/x.git"),
+        "like a secret",
+    ),
     "conflict": ("hygiene", add("README.md", "<<<" + "<<<< ours\n"), "merge conflict"),
     "link that leaves": (
         "hygiene",

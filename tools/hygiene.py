@@ -33,7 +33,7 @@ MAGIC = {
 }
 SECRETS = re.compile(
     r"\bgh[pousr]_[A-Za-z0-9]{36}\b|\bgithub_pat_\w{50,}|\bAKIA[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}\b"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|\b[a-z]+://[^\s/:@\"'<>{}$]+:[^\s/:@\"'<>{}$]+@"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|\b[a-z]+://[^\s/:@\"'<>{}$]+:[^\s/:@\"'<>{}$]+@(?!example\.)[\w-]+\.\w"
 )
 HOMES = re.compile(r"(?<![\w.])(?:/home/|/Users/|/root/|[A-Z]:\\\\?Users\\\\?)[\w.-]+")
 
