@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'PROBES', 'min_snr', 'limit', 'loss_weight', 'uniform_x0', 'uniform_eps', 'uniform_v', 'constant',
            'uniform_u', 'uniform_score', 'max_snr', 'trunc_snr', 'soft_min_snr', 'p2', 'debiased', 'inv_snr', 'edm',
-           'curve', 'snr_speed', 'elbo', 'sigmoid', 'drawn_from', 'log_normal_density', 'uniform_logsnr', 'laplace',
-           'logit_normal', 'edm_lognormal', 'cosmap']
+           'whole_curve', 'snr_speed', 'elbo', 'sigmoid', 'drawn_from', 'log_normal_density', 'uniform_logsnr',
+           'laplace', 'logit_normal', 'edm_lognormal', 'cosmap']
 
 # %% ../nbs/30_minsnr_loss.ipynb #74bf43a2
 import inspect
@@ -198,8 +198,8 @@ def edm(
     "SNR + 1 / sigma_data²: flat for Gaussian data (EDM)"
     return snr + sigma_data**-2
 
-# %% ../nbs/30_minsnr_loss.ipynb #2ed974c5
-def curve(
+# %% ../nbs/30_minsnr_loss.ipynb #4edbfcb4
+def whole_curve(
     snr: Tensor,  # Signal-to-noise ratio of all timesteps, (T,), falling
 ) -> Tensor:  # The same
     "Insist on the whole curve of a schedule"
@@ -215,7 +215,7 @@ def snr_speed(
     snr: Tensor,  # Signal-to-noise ratio of all timesteps, (T,), falling
 ) -> Tensor:  # |dSNR/du|, u = t / T, (T,)
     "Measure how fast the SNR falls"
-    log_snr = curve(snr).log()
+    log_snr = whole_curve(snr).log()
     inner = log_snr.isfinite()
     speed = torch.empty_like(snr)
     finite = log_snr[inner]
@@ -239,8 +239,8 @@ def elbo(
         return snr_speed(snr) / 2
     if form == "fixed_small":
         clean = snr.new_full((1,), torch.inf)
-        return -torch.cat([clean, curve(snr)]).diff() / 2
-    noise_share = 1 / (1 + curve(snr))  # 1 - alphas_cumprod
+        return -torch.cat([clean, whole_curve(snr)]).diff() / 2
+    noise_share = 1 / (1 + whole_curve(snr))  # 1 - alphas_cumprod
     return noise_share.diff(prepend=snr.new_zeros(1)) / noise_share.square() / 2
 
 # %% ../nbs/30_minsnr_loss.ipynb #be847717
@@ -278,7 +278,7 @@ def uniform_logsnr(
     snr: Tensor,  # Signal-to-noise ratio of all timesteps, (T,), falling
 ) -> Tensor:  # Weight on the x0 error, (T,)
     "eps loss as if log SNR were drawn uniformly"
-    log_snr = curve(snr)[snr.log().isfinite()].log()
+    log_snr = whole_curve(snr)[snr.log().isfinite()].log()
     return snr_speed(snr) / (log_snr[0] - log_snr[-1])
 
 

@@ -101,7 +101,7 @@ def make_objective(
     schedule: NoiseSchedule,  # Levels of noise
     prediction: Prediction,  # What the network predicts
     weighting: str,  # Name of the weighting
-    keywords: dict | None = None,  # Of the weighting, for example {"gamma": 5.0}
+    weighting_kw: dict | None = None,  # Its keywords, for example {"gamma": 5.0}
     density: Density | None = None,  # How often each level is drawn; uniform by default
 ) -> Objective:
     "Put target, weighting and density together"
@@ -110,7 +110,9 @@ def make_objective(
             "objective.prediction: 'eps' can not be used with zero terminal SNR: where the SNR is 0 "
             "the noise says nothing about the image; allowed: x0, v"
         )
-    weight = loss_weight(weighting, schedule.snr, prediction=prediction, **keywords or {}).float()
+    weight = loss_weight(
+        weighting, schedule.snr, prediction=prediction, **weighting_kw or {}
+    ).float()
     if not weight.isfinite().all():
         t = int(weight.isfinite().logical_not().nonzero()[0])
         raise ConfigError(
