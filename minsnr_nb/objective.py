@@ -241,7 +241,7 @@ def probe_loss(
     n_bins: int = 10,  # Bins of log SNR, K
     draws: int = 1,  # Answers of each image in each bin
     batch_size: int = 512,  # Questions answered at once; changes no number
-) -> dict:  # "edges", "centre", "share", and by loss: "mean", "per_bin" (K,), "per_image" (N,)
+) -> dict:  # edges, centre, share; by loss: mean, per_bin (K,), per_image (N,), per_image_bin
     "Measure the unweighted x0, eps and v loss of a network on frozen questions"
     if prediction == "eps" and (schedule.snr == 0).any():
         raise ConfigError(
@@ -251,11 +251,12 @@ def probe_loss(
     with evaluating(model):
         answers = list(_answers(model, images, on_device, prediction, bins, rng, draws, batch_size))
     t, error = (torch.cat(column).cpu() for column in zip(*answers, strict=True))
-    snr, result = schedule.snr.cpu()[t], {"mean": {}, "per_bin": {}, "per_image": {}}
+    snr = schedule.snr.cpu()[t]
+    result = {"mean": {}, "per_bin": {}, "per_image": {}, "per_image_bin": {}}
     for name in ("x0", "eps", "v"):
         there = error * error_ratio(name, snr) / error_ratio(prediction, snr)
         table = there.view(len(images), draws, len(bins.count)).mean(1)
-        result["per_bin"][name] = table.mean(0)
+        result["per_image_bin"][name], result["per_bin"][name] = table, table.mean(0)
         result["per_image"][name] = (table * bins.share).sum(1)
         result["mean"][name] = result["per_image"][name].mean().item()
     return {"edges": bins.edges, "centre": bins.centre, "share": bins.share, **result}
