@@ -240,7 +240,7 @@ def probe_loss(
     *,
     n_bins: int = 10,  # Bins of log SNR, K
     draws: int = 1,  # Answers of each image in each bin
-    batch_size: int = 512,  # Questions answered at once; changes no number
+    batch_size: int = 512,  # Questions answered at once; does not change them
 ) -> dict:  # edges, centre, share; by loss: mean, per_bin (K,), per_image (N,), per_image_bin
     "Measure the unweighted x0, eps and v loss of a network on frozen questions"
     if prediction == "eps" and (schedule.snr == 0).any():
