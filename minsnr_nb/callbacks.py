@@ -43,7 +43,7 @@ class LogEvents(Callback):
         which = self._table[result.batch.t]
         ones = torch.ones_like(result.mse)
         for row, values in zip(self._sums, (ones, result.weighted, result.mse), strict=True):
-            row += torch.bincount(which, values.double(), minlength=row.numel())
+            row.index_add_(0, which, values.double())
         if loop.due(loop.cfg.train.log_every):
             self._write(loop, result)
 
