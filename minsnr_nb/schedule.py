@@ -129,7 +129,7 @@ def through_levels(
 @patch
 def log_snr_at(
     self: NoiseSchedule,
-    u: Tensor | float,  # Fraction of the way, in [0, 1], any shape
+    u: Tensor | float | list,  # Fraction of the way, in [0, 1], any shape
 ) -> Tensor:  # λ(u), like `u`, float64
     "Read log SNR anywhere between the levels"
     u = torch.as_tensor(u, dtype=torch.float64, device=self.snr.device)
@@ -141,13 +141,15 @@ def log_snr_at(
 @patch
 def log_snr_slope(
     self: NoiseSchedule,
-    u: Tensor | float,  # Fraction of the way, in [0, 1], any shape
-) -> Tensor:  # dλ/du, like `u`, float64, negative
+    u: Tensor | float | list,  # Fraction of the way, in [0, 1], any shape
+) -> Tensor:  # dλ/du, like `u`, float64, negative; -∞ where λ is infinite
     "Measure how fast log SNR falls"
     with torch.enable_grad():
         u = torch.as_tensor(u, dtype=torch.float64, device=self.snr.device)
         u = u.detach().clone().requires_grad_()
-        return torch.autograd.grad(self.log_snr_at(u).sum(), u)[0]
+        log_snr = self.log_snr_at(u)
+        slope = torch.autograd.grad(log_snr.sum(), u)[0]
+    return torch.where(log_snr.isinf(), -torch.inf, slope)
 
 # %% ../nbs/21_schedule.ipynb #54c768aa
 def from_curve(
