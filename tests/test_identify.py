@@ -55,8 +55,10 @@ def test_a_deviation_is_called_one_unless_it_is_a_right_scheme_by_another_name()
     schedule = SCHEDULES["linear"](1000)
     for name in set(KNOWN_WRONG) - {"BUG_official_zero_terminal"}:
         found = identify(KNOWN_WRONG[name](schedule.snr) / 3, schedule, "x0")
-        assert (found.name == name and found.best.wrong) or found.name == same_as.get(name) or (
-            name == "BUG_speed_min_snr_eps" and found.name == "p2"
+        assert (
+            (found.name == name and found.best.wrong)
+            or found.name == same_as.get(name)
+            or (name == "BUG_speed_min_snr_eps" and found.name == "p2")
         ), str(found)
 
 
@@ -65,7 +67,9 @@ def test_a_deviation_is_called_one_unless_it_is_a_right_scheme_by_another_name()
 def test_on_other_schedules_and_losses(schedule, prediction):
     s = SCHEDULES[schedule](200)
     for name, keywords in {"min_snr": {"gamma": 2.5}, "p2": {"k": 3.0, "gamma": 0.5}}.items():
-        found = identify(0.1 * loss_weight(name, s.snr, prediction=prediction, **keywords), s, prediction)
+        found = identify(
+            0.1 * loss_weight(name, s.snr, prediction=prediction, **keywords), s, prediction
+        )
         assert (found.name, found.best.keywords) == (name, pytest.approx(keywords, rel=1e-6))
         assert found.factor == pytest.approx(0.1, rel=1e-6)
 
@@ -73,7 +77,12 @@ def test_on_other_schedules_and_losses(schedule, prediction):
 def test_six_levels_are_enough_for_the_rows_with_no_free_number():
     vectors = VECTORS["schedules"][next(iter(SCHEDULE_NAMES))]
     schedule = schedule_of(next(iter(SCHEDULE_NAMES)))
-    for row in ("x0_uniform", "min_snr_5", "BUG_diffusers_pixart_v(g5)", "DEV_onetrainer_debiased_v"):
+    for row in (
+        "x0_uniform",
+        "min_snr_5",
+        "BUG_diffusers_pixart_v(g5)",
+        "DEV_onetrainer_debiased_v",
+    ):
         found = identify(numbers(vectors["weights"][row]["w_v"]), schedule, "v", t=vectors["t"])
         name = row.removesuffix("(g5)").removesuffix("_5").replace("x0_uniform", "uniform_x0")
         assert name in {found.name, *(match.name for match in found.also)}, str(found)
