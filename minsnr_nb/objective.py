@@ -241,6 +241,7 @@ def _answers(
     rng: Stream,  # Stream of the probe
     draws: int,  # Answers of each image in each bin
     batch_size: int,  # Questions answered at once
+    sigma_data: float,  # Standard deviation of the data, for F
 ) -> Iterator[tuple[Tensor, Tensor]]:  # Timesteps and squared errors, batch by batch
     "Put every question to the network"
     each = len(bins.count) * draws
@@ -250,7 +251,8 @@ def _answers(
         t, eps = t.to(images.device), eps.to(images)
         x0 = images[torch.arange(first, first + n, device=images.device) // each]
         pred = model(add_noise(x0, eps, t, schedule), t).to(x0.dtype)
-        error = (pred - target(prediction, x0, eps, t, schedule)).square().flatten(1).mean(1)
+        wanted = target(prediction, x0, eps, t, schedule, sigma_data)
+        error = (pred - wanted).square().flatten(1).mean(1)
         yield t, error.double()
 
 # %% ../nbs/31_objective.ipynb #4ed32de4
@@ -264,6 +266,7 @@ def probe_loss(
     n_bins: int = 10,  # Bins of log SNR, K
     draws: int = 1,  # Answers of each image in each bin
     batch_size: int = 512,  # Questions answered at once; does not change them
+    sigma_data: float = SIGMA_DATA,  # Standard deviation of the data, for F
 ) -> dict:  # edges, centre, share; by loss: mean, per_bin (K,), per_image (N,), per_image_bin
     "Measure the unweighted x0, eps and v loss of a network on frozen questions"
     if prediction == "eps" and (schedule.snr == 0).any():
@@ -272,12 +275,13 @@ def probe_loss(
         )
     bins, on_device = snr_bins(schedule.to("cpu"), n_bins), schedule.to(images.device)
     with evaluating(model):
-        answers = list(_answers(model, images, on_device, prediction, bins, rng, draws, batch_size))
+        how = bins, rng, draws, batch_size, sigma_data
+        answers = list(_answers(model, images, on_device, prediction, *how))
     t, error = (torch.cat(column).cpu() for column in zip(*answers, strict=True))
     snr = schedule.snr.cpu()[t]
     result = {"mean": {}, "per_bin": {}, "per_image": {}, "per_image_bin": {}}
     for name in ("x0", "eps", "v"):
-        there = error * error_ratio(name, snr) / error_ratio(prediction, snr)
+        there = error * error_ratio(name, snr) / error_ratio(prediction, snr, sigma_data)
         table = there.view(len(images), draws, len(bins.count)).mean(1)
         result["per_image_bin"][name], result["per_bin"][name] = table, table.mean(0)
         result["per_image"][name] = (table * bins.share).sum(1)
