@@ -294,19 +294,28 @@ def _generation(run: Run, folder: Path) -> Iterator[tuple[str, str]]:
             if durable.digest(f.read(log["bytes"])) != log["prefix_sha256"]:
                 yield name, "belongs to another metrics log"
 
+# %% ../nbs/10_run_layout.ipynb #b5de1fcf
+def _pointer_problem(home: Path) -> str | None:
+    "What is wrong with CURRENT.json, if anything"
+    current = read_json(home / "CURRENT.json")
+    manifest = home / current["dir"] / "MANIFEST.json"
+    if not manifest.is_file() or durable.sha256(manifest) != current["manifest_sha256"]:
+        return "points to no intact generation"
+    return None
+
 
 @check("AB.checkpoints", "L2", "resume falls back to the previous generation by itself")
 def _checkpoints(run):
     for home in (run.ckpts_last, run.ckpts_best):
         folders = sorted(home.glob("step_*"))
         for folder in folders:
-            yield from _generation(run, folder)
-        if not folders:
-            continue
-        current = read_json(home / "CURRENT.json")
-        manifest = home / current["dir"] / "MANIFEST.json"
-        if not manifest.is_file() or durable.sha256(manifest) != current["manifest_sha256"]:
-            yield f"ckpts/{home.name}/CURRENT.json", "points to no intact generation"
+            try:
+                yield from _generation(run, folder)
+            except (MinsnrError, OSError) as e:
+                if folder.is_dir():
+                    yield folder.relative_to(run.path).as_posix(), str(e)
+        if folders and derive_state(run) in TERMINAL and (problem := _pointer_problem(home)):
+            yield f"ckpts/{home.name}/CURRENT.json", problem
 
 # %% ../nbs/10_run_layout.ipynb #a41947ab
 PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".dill", ".tar", ".gz", ".7z"}

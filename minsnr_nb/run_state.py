@@ -123,9 +123,10 @@ def start_attempt(
 
 def _tidy(run: Run) -> None:
     "Clear what a killed attempt has left: hidden files, a torn line; only the owner may"
-    for pattern in (".tmp-*", ".gone-*"):
+    for pattern in (".tmp-*", ".gone-*", ".step_*"):
         for leftover in list(run.path.rglob(pattern)):
-            durable.remove(leftover)
+            if leftover.parent != run.attempts:  # those may be claims that are losing right now
+                durable.remove(leftover)
     if run.events_path.exists():
         whole = durable.whole_lines(run.events_path)
         durable.cut(run.events_path, whole, run.discarded / "events.jsonl")

@@ -174,6 +174,19 @@ while True:
     assert torn == ['{"step": 9'] * 2 and failed(run.path) == []
 
 
+def test_killed_between_a_generation_and_its_pointer(tmp_path):
+    "Lost but sound; only a run that ended without its pointer is at fault"
+    run = make(tmp_path)
+    assert in_child(lambda: start_attempt(run)) == 0
+    generation(run)
+    (run.ckpts_last / ".step_000000003").mkdir()
+    assert derive_state(run) == "lost" and failed(run.path) == []
+    attempt = start_attempt(run)
+    assert list(run.ckpts_last.glob(".*")) == []
+    set_status(run, "interrupted", 2, 4, attempt=attempt)
+    assert [(c[0], "CURRENT.json" in c[2]) for c in failed(run.path)] == [("AB.checkpoints", True)]
+
+
 # --- racing ---------------------------------------------------------------------------------------
 
 
@@ -394,6 +407,17 @@ def test_any_flipped_byte_is_found(name, tmp_path):
     assert failed(run.path) == []
 
 
+def generation(run, digest=None):
+    "A checkpoint directory as far as the validator looks at it"
+    step = run.ckpts_last / "step_000000002"
+    step.mkdir()
+    (step / "model.safetensors").write_bytes(b"12345678")
+    digest = digest or durable.sha256(step / "model.safetensors")
+    facts = {"files": {"model.safetensors": {"bytes": 8, "sha256": digest}}}
+    facts |= {"config_sha256": durable.sha256(run.config_path), "metrics": None}
+    (step / "MANIFEST.json").write_text(json.dumps(facts))
+
+
 def damage(run, what):
     artifacts = run.path / "artifacts"
     if what == "missing":
@@ -414,15 +438,7 @@ def damage(run, what):
     elif what == "pickle":
         (artifacts / "notes").write_bytes(b"\x80\x04K\x01.")
     elif what == "checkpoint":
-        step = run.ckpts_last / "step_000000002"
-        step.mkdir()
-        (step / "model.safetensors").write_bytes(b"12345678")
-        files = {"model.safetensors": {"bytes": 8, "sha256": "0" * 64}}
-        facts = {"files": files, "config_sha256": durable.sha256(run.config_path), "metrics": None}
-        (step / "MANIFEST.json").write_text(json.dumps(facts))
-        digest = durable.sha256(step / "MANIFEST.json")
-        pointer = {"dir": step.name, "manifest_sha256": digest}
-        (run.ckpts_last / "CURRENT.json").write_text(json.dumps(pointer))
+        generation(run, digest="0" * 64)
     elif what == "frames":
         (run.predictions / "set").mkdir()
         (run.predictions / "set" / "metadata.json").write_text('{"frame_id": ["0001"]}')
