@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+from minsnr_nb.cli import main
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -30,6 +33,17 @@ def minsnr(*words, **kwargs) -> subprocess.CompletedProcess:
     command = [BIN / "minsnr", *map(str, words)]
     options = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": 240}
     return subprocess.run(command, **options | kwargs)
+
+
+def typed(capsys, *words) -> SimpleNamespace:
+    "Run the command in this process, for what does not depend on being one of its own"
+    capsys.readouterr()
+    try:
+        code = main([str(w) for w in words])
+    except SystemExit as e:
+        code = e.code
+    said = capsys.readouterr()
+    return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
 
 
 def run_dir(stdout: str) -> Path:
