@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FEATURES', 'STEPS', 'BATCH', 'LR', 'METRICS', 'moments', 'frechet', 'kernel_sums', 'Cloud', 'cloud', 'mmd2',
            'classifier', 'one_thread', 'train_classifier', 'keep', 'keep_tensors', 'FeatureNet', 'feature_net',
-           'of_reference', 'fd', 'kid', 'inception', 'fid', 'anchors']
+           'real_moments', 'fd', 'kid', 'inception', 'fid', 'anchors']
 
-# %% ../nbs/61_metrics.ipynb #bdc8fe0d
+# %% ../nbs/61_metrics.ipynb #54ffa0f8
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import durable
-from .config import ConfigError
+from .config import ConfigError, PositiveInt
 from .data import ImageSet, cache_dir, order, pixels
 from .registry import Registry
 from .seeds import Stream, fixed_torch, stream
@@ -202,6 +202,7 @@ class FeatureNet:
     "A named network that turns images into features"
 
     name: str  # Goes into the key of every result
+    key: tuple  # Determines the features
     net: Callable[[Tensor], Tensor]  # (B, C, H, W) in [-1, 1] to (B, D)
     device: torch.device | str = "cpu"  # Where it computes
 
@@ -212,6 +213,14 @@ class FeatureNet:
     ) -> Tensor:  # (N, D), on the CPU
         "Compute features of what an image file would hold"
         return torch.cat([self.net(self._as_file(part)).cpu() for part in images.split(500)])
+
+    def of(
+        self,
+        data: ImageSet,  # Where to take images from
+        index: Tensor,  # Which ones
+    ) -> Tensor:  # (N, D)
+        "Compute features of images in a data set"
+        return torch.cat([self(pixels(data, part)) for part in index.split(500)])
 
     def _as_file(self, x: Tensor) -> Tensor:
         return x.to(self.device).clamp(-1, 1).add(1).mul(127.5).round().div(127.5).sub(1)
@@ -227,22 +236,27 @@ def feature_net(
     def make() -> FeatureNet:
         at_home = data.to("cpu")
         net.load_state_dict(keep_tensors(key, lambda: train_classifier(at_home).state_dict()))
-        return FeatureNet(f"{data.name}_cnn", net.eval().requires_grad_(False)[0])
+        return FeatureNet(f"{data.name}_cnn", key, net.eval().requires_grad_(False)[0])
 
     return keep(key, make)
 
-# %% ../nbs/61_metrics.ipynb #4e140584
+# %% ../nbs/61_metrics.ipynb #2945416a
 METRICS = Registry("metric")
 
 
-def of_reference(
+def real_moments(
     see: FeatureNet,  # Features to use
-    reference: ImageSet,  # Whose features are wanted
-) -> Tensor:  # (N, D), float32
-    "Compute the features of a whole data set, once"
-    blocks = torch.arange(len(reference)).split(500)
-    make = lambda: torch.cat([see(pixels(reference, block)) for block in blocks])  # noqa: E731
-    return keep(("features", see, reference.sha256), make)
+    reference: ImageSet,  # Real images
+) -> tuple[Tensor, Tensor]:  # Mean and root of the covariance
+    "Describe the features of a whole data set, once per machine"
+    key = ("moments", *see.key, reference.sha256)
+
+    def make() -> dict[str, Tensor]:
+        mean, root = moments(see.of(reference, torch.arange(len(reference))))
+        return {"mean": mean, "root": root}
+
+    real = keep(key, lambda: keep_tensors(key, make))
+    return real["mean"], real["root"]
 
 
 @METRICS.register
@@ -252,21 +266,21 @@ def fd(
 ) -> dict[str, float]:
     "Squared Fréchet distance on the data's own feature network"
     see = feature_net(reference)
-    key = ("moments", see, reference.sha256)
-    real = keep(key, lambda: moments(of_reference(see, reference)))
-    return {f"fd@{see.name}": frechet(moments(see(samples)), real)}
+    return {f"fd@{see.name}": frechet(moments(see(samples)), real_moments(see, reference))}
 
 # %% ../nbs/61_metrics.ipynb #90feb0ea
 @METRICS.register
 def kid(
     samples: Tensor,  # (N, C, H, W), in [-1, 1]
     reference: ImageSet,  # Real images, usually the training set
+    *,
+    real_images: PositiveInt = 10_000,  # Look at so many of them at most
 ) -> dict[str, float]:
     "Unbiased kernel distance on the data's own feature network, with its standard error"
     see = feature_net(reference)
-    key = ("cloud", see, reference.sha256)
-    real = keep(key, lambda: cloud(of_reference(see, reference)))
-    value, error = mmd2(cloud(see(samples)), real)
+    index = stream(0, "kid").permutation(len(reference))[:real_images]
+    key = ("cloud", *see.key, reference.sha256, real_images)
+    value, error = mmd2(cloud(see(samples)), keep(key, lambda: cloud(see.of(reference, index))))
     return {f"kid@{see.name}": value, f"kid@{see.name}/se": error}
 
 # %% ../nbs/61_metrics.ipynb #7d86cbb0
@@ -288,7 +302,8 @@ def inception(
         as_bytes = lambda x: x.add(1).mul(127.5).round().to(torch.uint8)  # noqa: E731
         rgb = lambda x: as_bytes(x).expand(-1, 3, -1, -1)  # noqa: E731
         net = net.to(device)
-        return FeatureNet("inception", lambda x: net(rgb(x))[0], device)
+        key = ("inception", weights)
+        return FeatureNet("inception", key, lambda x: net(rgb(x))[0], device)
     raise ConfigError(f"metrics.fid: {problem.splitlines()[0]}; `fd` needs no download")
 
 
@@ -302,13 +317,7 @@ def fid(
     "The FID of papers; needs torch-fidelity's Inception weights"
     device = reference.images.device
     see = keep(("inception", weights, device), lambda: inception(weights, device))
-    names = ("mean", "root")
-
-    def make() -> dict[str, Tensor]:
-        return dict(zip(names, moments(of_reference(see, reference)), strict=True))
-
-    real = keep_tensors(("inception", 1, weights, reference.sha256), make)
-    return {"fid": frechet(moments(see(samples)), tuple(real[name] for name in names))}
+    return {"fid": frechet(moments(see(samples)), real_moments(see, reference))}
 
 # %% ../nbs/61_metrics.ipynb #16a3a3d8
 def anchors(
