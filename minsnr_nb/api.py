@@ -397,6 +397,8 @@ def train_run(
     "Train a new run from a config"
     loaded = load(*sources, overrides=overrides)
     lab = build(loaded.cfg, device)
+    if any(c.name == "evaluate" for c in loaded.cfg.callbacks):
+        _ = lab.evaluator.anchors  # a metric that cannot be computed is a wrong request, too
     run = new_run(loaded, lab, run_root, study)
     announce(run)
     return _train(run, lab, warn)

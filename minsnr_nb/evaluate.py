@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Evaluator', 'anchor_values', 'report']
 
-# %% ../nbs/62_evaluate.ipynb #caede7b9
+# %% ../nbs/62_evaluate.ipynb #8b8f4c41
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .config import EvalSection
 from .data import ImageSet, pixels
 from .diffusion import Prediction
-from .metrics import anchors
+from .metrics import anchors, keep
 from .objective import evaluating, probe_loss
 from .samplers import denoiser, sample
 from .schedule import NoiseSchedule
@@ -67,14 +67,14 @@ def anchor_values(
     judge: Evaluator,
 ) -> dict[str, float]:
     "Score noise and held-out images by every metric"
-    rng, out = stream(judge.seed, "anchor"), {}
-    for metric in judge.metrics.values():
-        for name, values in anchors(
-            metric, judge.train, judge.test, rng, judge.cfg.samples
-        ).items():
-            out |= {
-                f"anchor/{key}/{name}": v for key, v in values.items() if not key.endswith("/se")
-            }
+    rng, n, out = stream(judge.seed, "anchor"), judge.cfg.samples, {}
+    for name, metric in judge.metrics.items():
+        made_from = (judge.train.sha256, judge.test.sha256, judge.seed, n)
+        key = ("anchors", name, repr(metric.keywords), *made_from)
+        score = partial(anchors, metric, judge.train, judge.test, rng, n)
+        for place, values in keep(key, score).items():
+            plain = {k: v for k, v in values.items() if not k.endswith("/se")}
+            out |= {f"anchor/{k}/{place}": v for k, v in plain.items()}
     return out
 
 

@@ -6,7 +6,7 @@
 __all__ = ['find_config', 'settings_of', 'Study', 'group_of', 'run_study', 'history', 'primary', 'paired_bootstrap', 'Comparison',
            'compare', 'bin_changes', 'gates', 'verdict', 'run_grid', 'across_seeds']
 
-# %% ../nbs/72_study.ipynb #adcb5654
+# %% ../nbs/72_study.ipynb #4b221b7e
 import json
 import secrets
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ from minsnr_nb.api import (
 from .config import ConfigError
 from .durable import make_dir
 from .events import read_events
-from .metrics import feature_net, frechet, moments, of_reference
+from .metrics import feature_net, frechet, moments, real_moments
 from .provenance import project_root
 from .records import read_json
 from .run_layout import Run, check_run, contract_report, derive_state, list_runs, open_run
@@ -179,7 +179,7 @@ def compare(
     features = feature_net(lab.train)
     seen, real = (
         {k: features(x) for k, x in samples.items()},
-        moments(of_reference(features, lab.train)),
+        real_moments(features, lab.train),
     )
     score = lambda k, rows: frechet(moments(seen[k][rows]), real)  # noqa: E731
     n = lab.cfg.eval.samples
