@@ -96,7 +96,7 @@ def test_wrong_parameters_write_nothing(wrong, part, tmp_path):
 @pytest.mark.parametrize(
     "wrong, part",
     [
-        (("gamma", "-1"), "loss.gamma"),
+        (("gamma", "-1"), "gamma: input should be greater than 0"),
         (("prediction", "epsilon"), "objective.prediction"),
         (("config", "nowhere.yaml"), "no file 'nowhere.yaml'"),
     ],
