@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Split', 'DATASETS', 'SUFFIXES', 'CACHE_FROM', 'ImageSet', 'pixels', 'epoch_order', 'order', 'flips', 'digits',
            'shapes', 'cifar10', 'fashion_mnist', 'list_images', 'class_names', 'held_out', 'read_image', 'read_images',
-           'cache_dir', 'cached_array', 'find', 'image_folder']
+           'cache_dir', 'cached', 'find', 'image_folder']
 
 # %% ../nbs/20_data.ipynb #4a7487e6
 import hashlib
@@ -397,30 +397,39 @@ def read_images(
     return out
 
 # %% ../nbs/20_data.ipynb #07f02eff
-CACHE_FROM = 16 << 20  # bytes; smaller sets decode faster than anybody notices
-
-
 def cache_dir() -> Path:
     "Where results live that can always be computed again"
     return Path(os.environ.get("MINSNR_CACHE") or "~/.cache/minsnr_nb").expanduser()
 
 
-def cached_array(
-    key: str,  # Anything that determines the result
-    make: Callable[[], np.ndarray],  # Computes it
-) -> np.ndarray:
-    "Take an array from the cache, or compute it and keep it when it is large"
-    path = cache_dir() / "images" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-    with suppress(OSError, ValueError, EOFError):  # absent or damaged: compute it again
-        return np.load(path, allow_pickle=False)
-    array, header = make(), io.BytesIO()
-    if array.nbytes >= CACHE_FROM:
-        fields = np.lib.format.header_data_from_array_1_0(array)
-        np.lib.format.write_array_header_1_0(header, fields)
-        with suppress(durable.DurableError):  # no room for a cache is no reason to stop
+def cached(
+    kind: str,  # Folder within the cache
+    key: Any,  # Determines the result
+    make: Callable[[], Any],  # Computes it
+    dump: Callable[[Any], Any],  # Turns it into bytes for a file, or None when not worth it
+    load: Callable[[Path], Any],  # Reads it back
+) -> Any:
+    "Take a result from the cache, or compute it and keep it"
+    path = cache_dir() / kind / hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+    with suppress(Exception):  # absent or damaged: compute it again
+        return load(path)
+    result = make()
+    with suppress(durable.DurableError):  # no room for a cache is no reason to stop
+        if (data := dump(result)) is not None:
             durable.make_dir(path.parent)
-            durable.replace(path, (header.getvalue(), array.data))
-    return array
+            durable.replace(path, data)
+    return result
+
+# %% ../nbs/20_data.ipynb #e39a0a25
+CACHE_FROM = 16 << 20  # bytes; smaller sets decode faster than anybody notices
+
+
+def _npy(array: np.ndarray) -> tuple[bytes, memoryview] | None:
+    "The content of an .npy file, without copying the array"
+    header = io.BytesIO()
+    fields = np.lib.format.header_data_from_array_1_0(array)
+    np.lib.format.write_array_header_1_0(header, fields)
+    return (header.getvalue(), array.data) if array.nbytes >= CACHE_FROM else None
 
 # %% ../nbs/20_data.ipynb #a709b7bd
 def find(
@@ -489,8 +498,9 @@ def image_folder(
     where = base if other is None or split == "train" else other
     with _reader(base) as read:  # the first image of `path` decides for both splits
         shape = read_image(read(first := next(iter(listed))), first, channels, size).shape
-    key = repr((str(where), chosen, shape, size, version("pillow")))
-    images = cached_array(key, lambda: read_images(where, list(chosen), shape, size))
+    key = str(where), chosen, shape, size, version("pillow")
+    make = lambda: read_images(where, list(chosen), shape, size)  # noqa: E731
+    images = cached("images", key, make, _npy, np.load)
     labels = torch.tensor([classes.index(kind) for kind, _ in chosen.values()])
     name = base.parent.name if base.stem in _SPLITS else base.stem
     return ImageSet(torch.from_numpy(images), labels, classes, name, split)

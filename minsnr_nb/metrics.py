@@ -7,22 +7,19 @@ __all__ = ['FEATURES', 'STEPS', 'BATCH', 'LR', 'METRICS', 'moments', 'frechet', 
            'classifier', 'one_thread', 'train_classifier', 'keep', 'keep_tensors', 'FeatureNet', 'feature_net',
            'real_moments', 'fd', 'kid', 'inception', 'fid', 'anchors']
 
-# %% ../nbs/61_metrics.ipynb #54ffa0f8
-import hashlib
+# %% ../nbs/61_metrics.ipynb #920c004e
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import durable
 from .config import ConfigError, PositiveInt
-from .data import ImageSet, cache_dir, order, pixels
+from .data import ImageSet, cached, order, pixels
 from .registry import Registry
 from .seeds import Stream, fixed_torch, stream
 
@@ -186,15 +183,8 @@ def keep_tensors(
     make: Callable[[], dict[str, Tensor]],  # Computes it
 ) -> dict[str, Tensor]:
     "Compute named tensors once per machine"
-    path = cache_dir() / "metrics" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}"
-    path = path.with_suffix(".safetensors")
-    with suppress(OSError, SafetensorError):  # absent or damaged: compute it again
-        return load(path.read_bytes())
-    tensors = make()
-    with suppress(durable.DurableError):  # no room for a cache is no reason to stop
-        durable.make_dir(path.parent)
-        durable.replace(path, save({name: t.contiguous() for name, t in tensors.items()}))
-    return tensors
+    dump = lambda tensors: save({k: t.contiguous() for k, t in tensors.items()})  # noqa: E731
+    return cached("metrics", key, make, dump, lambda path: load(path.read_bytes()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,9 @@ from minsnr_nb.config import ConfigError
 from minsnr_nb.data import (
     DATASETS,
     ImageSet,
+    _npy,
     cache_dir,
-    cached_array,
+    cached,
     find,
     held_out,
     order,
@@ -194,7 +195,7 @@ def test_a_cache_that_is_a_file_does_not_stop_a_run(monkeypatch, tmp_path):
     monkeypatch.setattr("minsnr_nb.data.CACHE_FROM", 1)
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("MINSNR_CACHE", str(tmp_path / "taken"))
-    assert cached_array("k", lambda: np.ones(3, np.uint8)).sum() == 3
+    assert cached("images", "k", lambda: np.ones(3, np.uint8), _npy, np.load).sum() == 3
 
 
 # Downloads ----------------------------------------------------------------------------------------
