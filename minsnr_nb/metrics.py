@@ -7,7 +7,7 @@ __all__ = ['FEATURES', 'STEPS', 'BATCH', 'LR', 'METRICS', 'moments', 'frechet', 
            'classifier', 'one_thread', 'train_classifier', 'keep', 'keep_tensors', 'FeatureNet', 'feature_net',
            'real_moments', 'fd', 'kid', 'inception', 'fid', 'anchors']
 
-# %% ../nbs/61_metrics.ipynb #920c004e
+# %% ../nbs/61_metrics.ipynb #de8d2770
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ConfigError, PositiveInt
-from .data import ImageSet, cached, order, pixels
+from .data import ImageSet, order, pixels
+from .image_files import cached
 from .registry import Registry
 from .seeds import Stream, fixed_torch, stream
 
