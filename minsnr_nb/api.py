@@ -218,7 +218,7 @@ def new_run(
         config_sha256=config_sha256(cfg),
         data=[_identity(images) for images in (lab.train, lab.test)],
         seed=cfg.seed,
-        threads=torch.get_num_threads(),
+        threads=settings(project_root())["threads"] or torch.get_num_threads(),
         overrides=list(loaded.overrides),
         mode="strict" if lab.device.type == "cpu" else "best_effort",
         streams=STREAMS,
