@@ -204,16 +204,26 @@ def make_dir(path) -> list[Path]:
             break
         missing.insert(0, parent)
     made = []
-    for parent in missing:
-        with _doing("make", parent):
-            try:
-                os.mkdir(parent)
-                made.append(parent)
-            except FileExistsError:  # fine when another process made the same directory
-                if not parent.is_dir():
-                    raise
-            _fsync(parent.parent)
+    try:
+        for parent in missing:
+            _make_one(parent, made)
+    except DurableError:
+        for parent in reversed(made):
+            with suppress(OSError):
+                os.rmdir(parent)
+        raise
     return made
+
+
+def _make_one(path: Path, made: list[Path]) -> None:
+    with _doing("make", path):
+        try:
+            os.mkdir(path)
+            made.append(path)
+        except FileExistsError:  # fine when another process made the same directory
+            if not path.is_dir():
+                raise
+        _fsync(path.parent)
 
 
 def publish(staging, final) -> Path:
@@ -228,7 +238,11 @@ def publish(staging, final) -> Path:
         if os.path.lexists(final):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         os.rename(staging, final)
-        _fsync(final.parent)
+        try:
+            _fsync(final.parent)
+        except OSError:
+            os.rename(final, staging)  # not durable: better not there at all
+            raise
     return final
 
 

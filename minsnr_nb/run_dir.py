@@ -7,7 +7,8 @@ __all__ = ['LAYOUT_VERSION', 'LAYOUT', 'RUN_NAME', 'TERMINAL', 'STATES', 'RESERV
            'run_name', 'manifest_of', 'status_record', 'summarise', 'write_summary', 'create_run', 'open_run',
            'list_runs']
 
-# %% ../nbs/08_run_dir.ipynb #e9128c01
+# %% ../nbs/08_run_dir.ipynb #4cc0aca3
+import errno
 import re
 import secrets
 import time
@@ -307,8 +308,8 @@ def _publish_new(home, project, when, provenance, composed, resolved, files) -> 
         try:
             _stage(staging, stamp, composed, resolved, files)
             return Run(durable.publish(staging, home / name))
-        except durable.DurableError:
-            if not (home / name).exists():  # not a taken name but real trouble
+        except durable.DurableError as e:
+            if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # anything but a taken name
                 raise
         finally:
             durable.remove(staging)

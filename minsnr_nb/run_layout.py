@@ -7,14 +7,15 @@ __all__ = ['CHECKS', 'NEEDED', 'PICKLES', 'Check', 'check', 'check_run', 'contra
            'LAYOUT', 'Run', 'create_run', 'open_run', 'list_runs', 'write_summary', 'summarise', 'layout_table', 'beat',
            'derive_state', 'describe', 'read_status', 'set_status', 'start_attempt', 'attempts_of']
 
-# %% ../nbs/10_run_layout.ipynb #cb6aa746
+# %% ../nbs/10_run_layout.ipynb #06ffe29f
+import ast
 import os
 import re
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from . import durable
 from .config import ConfigError, MinsnrError, read_yaml
@@ -130,10 +131,12 @@ _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def files_of(run: Run) -> Iterator[Path]:
-    "Every file of a run except hidden ones, which belong to a write in progress"
+    "Every plain file of a run except hidden ones, which belong to a write in progress"
     for folder, dirs, names in os.walk(run.path):
         dirs[:] = sorted(d for d in dirs if not d.startswith("."))
-        yield from (Path(folder, n) for n in sorted(names) if not n.startswith("."))
+        for path in (Path(folder, n) for n in sorted(names) if not n.startswith(".")):
+            if path.is_file() and not path.is_symlink():  # a pipe would block its reader
+                yield path
 
 
 @check("AB.names", "L0", "links and special files do not survive a copy; put the content there")
@@ -291,39 +294,65 @@ def _generation(run: Run, folder: Path) -> Iterator[tuple[str, str]]:
             if durable.digest(f.read(log["bytes"])) != log["prefix_sha256"]:
                 yield name, "belongs to another metrics log"
 
+# %% ../nbs/10_run_layout.ipynb #b5de1fcf
+def _pointer_problem(home: Path) -> str | None:
+    "What is wrong with CURRENT.json, if anything"
+    current = read_json(home / "CURRENT.json")
+    manifest = home / current["dir"] / "MANIFEST.json"
+    if not manifest.is_file() or durable.sha256(manifest) != current["manifest_sha256"]:
+        return "points to no intact generation"
+    return None
+
 
 @check("AB.checkpoints", "L2", "resume falls back to the previous generation by itself")
 def _checkpoints(run):
     for home in (run.ckpts_last, run.ckpts_best):
         folders = sorted(home.glob("step_*"))
         for folder in folders:
-            yield from _generation(run, folder)
-        if not folders:
-            continue
-        current = read_json(home / "CURRENT.json")
-        manifest = home / current["dir"] / "MANIFEST.json"
-        if not manifest.is_file() or durable.sha256(manifest) != current["manifest_sha256"]:
-            yield f"ckpts/{home.name}/CURRENT.json", "points to no intact generation"
+            try:
+                yield from _generation(run, folder)
+            except (MinsnrError, OSError) as e:
+                if folder.is_dir():
+                    yield folder.relative_to(run.path).as_posix(), str(e)
+        if folders and derive_state(run) in TERMINAL and (problem := _pointer_problem(home)):
+            yield f"ckpts/{home.name}/CURRENT.json", problem
 
-# %% ../nbs/10_run_layout.ipynb #ea984e9f
+# %% ../nbs/10_run_layout.ipynb #a41947ab
 PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".dill", ".tar", ".gz", ".7z"}
 
 
-def _array_of_objects(head: bytes) -> bool:
-    "Look for an object type in the header of a .npy file, without loading it"
-    descr = re.search(rb"'descr':(.*?)'fortran_order'", head, re.DOTALL)
-    return descr is None or b"O" in descr[1]
+def _types(descr: str | list) -> Iterator[str]:
+    "The type codes in a numpy header; a structured type is a list of (name, type, …)"
+    if isinstance(descr, str):
+        yield descr
+    else:
+        for field in descr:
+            yield from _types(field[1])
+
+
+def _npy_problem(f: BinaryIO) -> str | None:
+    "Read the header of a .npy file and look for objects, without loading the array"
+    start = f.read(12)
+    skip = b"" if start[6:7] != b"\1" else start[10:]  # version 1 has a shorter length field
+    size = int.from_bytes(start[8:10] if skip else start[8:12], "little")
+    try:
+        descr = ast.literal_eval((skip + f.read(min(size, 1 << 20) - len(skip))).decode())["descr"]
+        return "an array of objects" if any("O" in t for t in _types(descr)) else None
+    except (ValueError, SyntaxError, KeyError, TypeError):
+        return "an array with a header that cannot be read"
 
 
 def _zip_problem(path: Path) -> str | None:
+    "Look at the start of every member of a zip file"
     with zipfile.ZipFile(path) as z:
         for name in z.namelist():
             with z.open(name) as f:
-                head = f.read(4096)
-            if name.endswith(".pkl") or head[:1] == b"\x80":
-                return f"holds a pickle: {name}"
-            if name.endswith(".npy") and _array_of_objects(head):
-                return f"holds an array of objects: {name}"
+                start = f.read(2)
+            if name.endswith(".pkl") or start[:1] == b"\x80":
+                return f"a pickle inside: {name}"
+            with z.open(name) as f:
+                if name.endswith(".npy") and (problem := _npy_problem(f)):
+                    return f"{problem} inside: {name}"
     return None
 
 
@@ -337,8 +366,9 @@ def pickle_problem(
         head = f.read(4096)
     if head[:4] == b"PK\x03\x04":
         return _zip_problem(path)
-    if head[:6] == b"\x93NUMPY" and _array_of_objects(head):
-        return "an array of objects"
+    if head[:6] == b"\x93NUMPY":
+        with open(path, "rb") as f:
+            return _npy_problem(f)
     tensors = path.suffix == ".safetensors" and head[8:9] == b"{"
     return "a pickle" if head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5" and not tensors else None
 

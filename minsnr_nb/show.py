@@ -113,7 +113,9 @@ def _values(
     data: Tensor | np.ndarray | Sequence[float],  # Numbers, any device, any precision
 ) -> np.ndarray:  # The same numbers, float64
     "Bring numbers to numpy"
-    return torch.as_tensor(data).detach().to("cpu", torch.float64).numpy()
+    if isinstance(data, Tensor):
+        data = data.detach().cpu()
+    return np.asarray(data, dtype=np.float64)
 
 # %% ../nbs/03_show.ipynb #dd77b056
 def draw_curves(
@@ -125,10 +127,14 @@ def draw_curves(
     log_x: bool = False,  # Logarithmic x axis
     log_y: bool = False,  # Logarithmic y axis
     title: str | None = None,  # One line above the axes
+    bands: Mapping[str, tuple] = {},  # Name of a curve to its lower and upper end, each (N,)
 ) -> None:
     "Draw named curves over one x into given axes"
     for colour, (name, y) in zip(COLOURS * (1 + len(ys) // len(COLOURS)), ys.items(), strict=False):
         ax.plot(_values(x), _values(y), label=name, color=colour)
+        if name in bands:
+            low, high = map(_values, bands[name])
+            ax.fill_between(_values(x), low, high, color=colour, alpha=0.25, linewidth=0)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title or "")
     ax.set_xscale("log" if log_x else "linear")
     ax.set_yscale("log" if log_y else "linear")
@@ -144,13 +150,14 @@ def curves(
     log_x: bool = False,  # Logarithmic x axis
     log_y: bool = False,  # Logarithmic y axis
     title: str | None = None,  # One line above the axes
+    bands: Mapping[str, tuple] = {},  # Name of a curve to its lower and upper end, each (N,)
 ) -> Figure:  # 6 x 3 inches
     "Draw named curves over one x"
     import matplotlib
 
     with matplotlib.rc_context(LOOK):
         fig = figure()
-        draw_curves(fig.subplots(), x, ys, xlabel, ylabel, log_x, log_y, title)
+        draw_curves(fig.subplots(), x, ys, xlabel, ylabel, log_x, log_y, title, bands)
     return fig
 
 # %% ../nbs/03_show.ipynb #c78d1cd7

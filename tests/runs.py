@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+from minsnr_nb.cli import main
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -28,8 +31,25 @@ def environment(**more) -> dict:
 def minsnr(*words, **kwargs) -> subprocess.CompletedProcess:
     "Run the command as a user does"
     command = [BIN / "minsnr", *map(str, words)]
-    options = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": 240}
+    options = {
+        "cwd": ROOT,
+        "env": environment(),
+        "capture_output": True,
+        "text": True,
+        "timeout": 240,
+    }
     return subprocess.run(command, **options | kwargs)
+
+
+def typed(capsys, *words) -> SimpleNamespace:
+    "Run the command in this process, for what does not depend on being one of its own"
+    capsys.readouterr()
+    try:
+        code = main([str(w) for w in words])
+    except SystemExit as e:
+        code = e.code
+    said = capsys.readouterr()
+    return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
 
 
 def run_dir(stdout: str) -> Path:
@@ -48,6 +68,9 @@ def log_lines(run: Path) -> list[dict]:
 def digests(run: Path) -> dict[str, str]:
     "SHA-256 of everything that must be byte-equal in two runs of one config"
     last = json.loads((run / "ckpts/last/CURRENT.json").read_text())["dir"]
-    files = [run / f"ckpts/last/{last}/{n}" for n in ("model.safetensors", "ema.safetensors", "optim.safetensors", "state.json")]
+    files = [
+        run / f"ckpts/last/{last}/{n}"
+        for n in ("model.safetensors", "ema.safetensors", "optim.safetensors", "state.json")
+    ]
     files += sorted((run / "artifacts/grids").glob("*.png"))
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}

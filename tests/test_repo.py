@@ -72,6 +72,7 @@ def _house(tmp_path_factory) -> Path:
     ) in "pyproject.toml nbs/00_config.ipynb nbs/01_registry.ipynb minsnr_nb/durable.py".split():
         (house / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, house / name)
+    (house / ".gitignore").write_text("__pycache__/\n")
     (house / "minsnr_nb/__init__.py").write_text('"A house"\n\n__version__ = "0"\n')
     (house / "README.md").write_text(
         "# House\n\n<!-- shared: a -->\n`uv run pytest`\n<!-- end -->\n"
