@@ -7,7 +7,7 @@ __all__ = ['LANES', 'STREAMS', 'load', 'config_schema', 'images', 'pick_device',
            'Heartbeat', 'RunFailed', 'recorded', 'threads', 'make_loop', 'quiet', 'train_run', 'config_differences',
            'config_of', 'resume_run', 'load_network', 'eval_run', 'dump_as_mapping', 'sample_run']
 
-# %% ../nbs/70_api.ipynb #ddb2e65d
+# %% ../nbs/70_api.ipynb #98f3be8b
 import json
 import os
 import time
@@ -41,7 +41,8 @@ from .evaluate import Evaluator, report
 from .events import EventLog, lifecycle, rewind
 from .metrics import METRICS
 from .minsnr_loss import WEIGHTINGS
-from .objective import DENSITIES, Objective, make_objective
+from .density import DENSITIES, make_density
+from .objective import Objective, make_objective
 from .provenance import collect, project_root, settings
 from .registry import load_plugins
 from minsnr_nb.run_layout import (
@@ -186,15 +187,21 @@ def build(
     schedule = SCHEDULES.bind(cfg.schedule.name, cfg.schedule.keywords)(cfg.schedule.timesteps)
     if cfg.schedule.zero_terminal_snr:
         schedule = zero_terminal_snr(schedule)
-    density = DENSITIES.bind(cfg.density.name, cfg.density.keywords)(cfg.schedule.timesteps)
-    objective = make_objective(
-        schedule, cfg.objective.prediction, cfg.loss.name, cfg.loss.keywords, density
+    density = make_density(cfg.density.name, schedule, cfg.density.keywords)
+    target = (
+        cfg.objective.prediction,
+        cfg.loss.name,
+        cfg.loss.keywords,
+        density,
+        cfg.objective.sigma_data,
     )
+    objective = make_objective(schedule, *target)
     evaluator = Evaluator(
         train=train_set,
         test=test_set,
         schedule=schedule,
         prediction=cfg.objective.prediction,
+        sigma_data=cfg.objective.sigma_data,
         sampler=SAMPLERS.bind(cfg.sampler.name, cfg.sampler.keywords),
         metrics={m.name: METRICS.bind(m.name, m.keywords) for m in cfg.metrics},
         cfg=cfg.eval,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Evaluator', 'anchor_values', 'report']
 
-# %% ../nbs/62_evaluate.ipynb #8b8f4c41
+# %% ../nbs/62_evaluate.ipynb #f9c39294
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .config import EvalSection
 from .data import ImageSet, pixels
-from .diffusion import Prediction
+from .diffusion import SIGMA_DATA, Prediction
 from .metrics import anchors, keep
 from .objective import evaluating, probe_loss
 from .samplers import denoiser, sample
@@ -35,6 +35,7 @@ class Evaluator:
     metrics: dict[str, Callable]  # Entries of METRICS, bound
     cfg: EvalSection
     seed: int  # Of the run
+    sigma_data: float = SIGMA_DATA  # Standard deviation of the data, for F
     device: torch.device = torch.device("cpu")  # noqa: RUF009
 
     def draw(self, model: nn.Module, n: int, seed: int | None = None) -> Tensor:
@@ -42,7 +43,7 @@ class Evaluator:
         rng = stream(self.seed if seed is None else seed, "sample")
         schedule = self.schedule.to(self.device)
         with evaluating(model):
-            denoise = denoiser(model, schedule, self.prediction)
+            denoise = denoiser(model, schedule, self.prediction, self.sigma_data)
             size = {"batch_size": self.cfg.batch_size, "device": self.device}
             return sample(self.sampler, denoise, schedule, self.train.shape, n, rng, **size)
 
@@ -58,6 +59,7 @@ class Evaluator:
         )
         images = pixels(self.test, few).to(self.device)
         size = {"n_bins": self.cfg.probe_bins, "draws": self.cfg.probe_draws}
+        size["sigma_data"] = self.sigma_data
         return probe_loss(
             model, images, self.schedule, self.prediction, stream(self.seed, "probe"), **size
         )
