@@ -7,7 +7,7 @@ __all__ = ['LANES', 'STREAMS', 'load', 'config_schema', 'images', 'pick_device',
            'Heartbeat', 'RunFailed', 'recorded', 'threads', 'make_loop', 'quiet', 'train_run', 'config_differences',
            'config_of', 'resume_run', 'load_network', 'eval_run', 'dump_as_mapping', 'sample_run']
 
-# %% ../nbs/70_api.ipynb #ddb2e65d
+# %% ../nbs/70_api.ipynb #c6a4d22e
 import json
 import os
 import time
@@ -44,6 +44,7 @@ from .minsnr_loss import WEIGHTINGS
 from .objective import DENSITIES, Objective, make_objective
 from .provenance import collect, project_root, settings
 from .registry import load_plugins
+from .requests import Requests, Stopped, catching
 from minsnr_nb.run_layout import (
     Run,
     attempts_of,
@@ -295,6 +296,11 @@ def recorded(
         lifecycle(run, "nonfinite_loss", step=e.step, images=e.index, attempt=attempt)
         put("failed", step=e.step, reason=str(e), exit=_exit(e))
         raise RunFailed(f"{run.path}: {e}") from None
+    except Stopped as e:
+        lifecycle(run, "stopped", step=e.step, reason=str(e), attempt=attempt)
+        write_summary(run)
+        put("interrupted", step=e.step, reason=str(e), exit=_exit(e) | {"signal": e.signal})
+        raise
     except KeyboardInterrupt as e:
         put("interrupted", step=loop.state.step, reason="interrupted by the user", exit=_exit(e))
         raise
@@ -310,7 +316,8 @@ def recorded(
 
 
 def _exit(e: BaseException) -> dict:
-    return {"code": 1, "signal": None, "type": type(e).__name__, "message": str(e)[:1000]}
+    code = getattr(e, "exit_code", 1)
+    return {"code": code, "signal": None, "type": type(e).__name__, "message": str(e)[:1000]}
 
 # %% ../nbs/70_api.ipynb #47691e9e
 @contextmanager
@@ -364,10 +371,12 @@ def _train(run: Run, lab: Lab, warn: Callable[[str], None]) -> Run:
                 restore(loop, found)
                 for change in changed_environment(loop, found):
                     warn(f"{run.id}: {change}; the numbers may differ in the last digits")
-            loop.callbacks.append(Heartbeat(run, attempt))
+            service = Requests(run, attempt)
+            loop.callbacks += [Heartbeat(run, attempt), service]
             lifecycle(run, "started", attempt=attempt, step=loop.state.step, damaged=damaged)
-            with recorded(run, loop, attempt):
+            with recorded(run, loop, attempt), catching(service):
                 train(loop)
+                service.check(loop)
             lifecycle(run, "completed", attempt=attempt, step=loop.state.step)
     return run
 
