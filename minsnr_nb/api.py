@@ -7,7 +7,7 @@ __all__ = ['LANES', 'STREAMS', 'load', 'config_schema', 'images', 'pick_device',
            'Heartbeat', 'RunFailed', 'recorded', 'threads', 'make_loop', 'quiet', 'train_run', 'config_differences',
            'config_of', 'resume_run', 'load_network', 'eval_run', 'dump_as_mapping', 'sample_run']
 
-# %% ../nbs/70_api.ipynb #c6a4d22e
+# %% ../nbs/70_api.ipynb #ead6526a
 import json
 import os
 import time
@@ -58,6 +58,7 @@ from minsnr_nb.run_layout import (
 from .run_layout import write_summary
 from .samplers import SAMPLERS
 from .schedule import SCHEDULES, zero_terminal_snr
+from .seal import is_sealed, reopened, seal, unseal
 from .seeds import fixed_torch
 from .show import save_png, tile
 from minsnr_nb.train_loop import (
@@ -364,6 +365,7 @@ def _train(run: Run, lab: Lab, warn: Callable[[str], None]) -> Run:
         attempt = start_attempt(
             run, origin, {"device": str(lab.device), "torch": torch.__version__}
         )
+        unseal(run)
         rewind(run, found.manifest["metrics"]["bytes"] if found else 0, attempt)
         with EventLog(run, attempt) as log:
             loop = make_loop(lab, run, log)
@@ -378,7 +380,16 @@ def _train(run: Run, lab: Lab, warn: Callable[[str], None]) -> Run:
                 train(loop)
                 service.check(loop)
             lifecycle(run, "completed", attempt=attempt, step=loop.state.step)
+    _close(run, warn)
     return run
+
+
+def _close(run: Run, warn: Callable[[str], None]) -> None:
+    "Seal a completed run; one that is not sound is told about and stays open"
+    try:
+        seal(run)
+    except MinsnrError as e:
+        warn(str(e))
 
 
 def _origin(found) -> dict:
@@ -466,7 +477,11 @@ def resume_run(
                 f"{run.path}: cannot be resumed with another config: {'; '.join(different)}"
             )
     announce(run)
-    return run if derive_state(run) == "completed" else _train(run, build(cfg, device), warn)
+    if derive_state(run) != "completed":
+        return _train(run, build(cfg, device), warn)
+    if not is_sealed(run):
+        _close(run, warn)
+    return run
 
 # %% ../nbs/70_api.ipynb #24a9216f
 def load_network(
@@ -501,9 +516,10 @@ def eval_run(
     model, _ = load_network(run, weights, device)
     values = report(build(asked, device).evaluator, model)
     attempt = len(attempts_of(run))
-    with EventLog(run, attempt) as log:
-        log.log(_weights_step(run, weights), "eval", values)
-    write_summary(run)
+    with reopened(run):
+        with EventLog(run, attempt) as log:
+            log.log(_weights_step(run, weights), "eval", values)
+        write_summary(run)
     return run, values
 
 
@@ -536,5 +552,6 @@ def sample_run(
         evaluator = build(load(run.config_path, overrides=overrides).cfg, device).evaluator
     images = evaluator.draw(model, n, seed=seed)
     picture = run.grids / f"sample_{weights}_seed{seed}_n{n}.png"
-    save_png(tile(images, ncols=max(1, round(n**0.5))), picture)
+    with reopened(run):
+        save_png(tile(images, ncols=max(1, round(n**0.5))), picture)
     return picture

@@ -89,24 +89,32 @@ def smoke(args: argparse.Namespace) -> int:
     run = train_run(
         config, overrides=args.overrides, run_root=args.run_root, announce=announce, warn=_warn
     )
-    return _report(run.path, quiet=False)
+    return check(argparse.Namespace(run=[run.path], level=None, json=False, quiet=False))
 
 # %% ../nbs/71_cli.ipynb #e572ba19
 def check(args: argparse.Namespace) -> int:
-    "Check run directories against both contracts: minsnr check RUN …"
-    return max(_report(run, quiet=args.quiet) for run in args.run)
+    "Check run directories against both contracts: minsnr check RUN … [--level L3] [--json]"
+    from minsnr_nb.run_layout import open_run
+    from minsnr_nb.seal import audit
+
+    found = {str(run): audit(open_run(run).path, args.level) for run in args.run}
+    if args.json:
+        print(json.dumps({run: [c._asdict() for c in cs] for run, cs in found.items()}, indent=1))
+    else:
+        for checks in found.values():
+            _report(checks, args.quiet)
+    return 1 if any(not c.ok for checks in found.values() for c in checks) else 0
 
 
-def _report(path: "str | Path", quiet: bool) -> int:
-    from minsnr_nb.run_layout import check_run, contract_report, open_run
+def _report(checks: list, quiet: bool = False) -> None:
+    "Print both contracts, and what is broken"
+    from minsnr_nb.run_layout import contract_report
 
-    found = check_run(open_run(path).path)
-    for contract, ok in contract_report(found).items():
+    for contract, ok in contract_report(checks).items():
         print(f"{contract}: {'ok' if ok else 'BROKEN'}")
-    broken = [c for c in found if not c.ok]
-    for c in [] if quiet else broken:
-        print(f"  {c.id} {c.path}: {c.message}{f' ({c.hint})' if c.hint else ''}")
-    return 1 if broken else 0
+    for c in checks:
+        if not c.ok and not quiet:
+            print(f"  {c.id} {c.path}: {c.message}{f' ({c.hint})' if c.hint else ''}")
 
 # %% ../nbs/71_cli.ipynb #19779124
 def runs(args: argparse.Namespace) -> int:
@@ -248,6 +256,8 @@ VERBS = (
         [
             ("run", {"nargs": "+", "help": "run directories"}),
             ("--quiet", {"action": "store_true", "help": "contracts only"}),
+            ("--level", {"choices": ["L0", "L1", "L2", "L3"], "help": "the last level wanted"}),
+            ("--json", {"action": "store_true", "help": "every outcome, for scripts"}),
         ],
     ),
     ("runs", runs, [("--json", {"action": "store_true"}), _ROOT]),
