@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LANES', 'STREAMS', 'load', 'config_schema', 'images', 'pick_device', 'Lab', 'build', 'new_run', 'tell_papermill',
            'Heartbeat', 'RunFailed', 'recorded', 'threads', 'make_loop', 'quiet', 'train_run', 'config_differences',
-           'config_of', 'resume_run', 'load_network', 'eval_run', 'dump_as_mapping', 'sample_run']
+           'config_of', 'resume_run', 'load_network', 'eval_run', 'dump_as_mapping', 'sample_run', 'fork_run',
+           'continue_run', 'promote_run', 'sample_model']
 
-# %% ../nbs/70_api.ipynb #ead6526a
+# %% ../nbs/70_api.ipynb #c91a1783
 import json
 import os
 import time
@@ -24,7 +25,13 @@ from safetensors.torch import load as load_tensors
 from torch import nn
 
 from .callbacks import CALLBACKS
-from .checkpoint import changed_environment, find_checkpoint, json_or_none, restore
+from minsnr_nb.checkpoint import (
+    environment,
+    find_checkpoint,
+    json_or_none,
+    restore,
+    save_checkpoint,
+)
 from minsnr_nb.config import (
     Config,
     ConfigError,
@@ -32,17 +39,20 @@ from minsnr_nb.config import (
     MinsnrError,
     config_sha256,
     load_config,
+    nearest,
     read_yaml,
 )
 from .data import DATASETS, ImageSet
-from .durable import Appender
+from .durable import Appender, sha256
 from .ema import WRAPPERS
 from .evaluate import Evaluator, report
 from .events import EventLog, lifecycle, rewind
 from .metrics import METRICS
 from .minsnr_loss import WEIGHTINGS
 from .objective import DENSITIES, Objective, make_objective
-from .provenance import collect, project_root, settings
+from .prediction_sets import store_samples
+from .promote import Model, find_model, promote
+from .provenance import collect, project_root, settings, source_digest
 from .registry import load_plugins
 from .requests import Requests, Stopped, catching
 from minsnr_nb.run_layout import (
@@ -213,6 +223,7 @@ def new_run(
     lab: Lab,  # From `build`
     run_root: str | Path | None = None,  # Where runs live; settings.ini decides otherwise
     study: dict | None = None,  # {"name", "arm", "group"}
+    lineage: dict | None = None,  # {parent_run, parent_step, manifest_sha256, reason}
 ) -> Run:
     "Create the run directory"
     cfg = loaded.cfg
@@ -224,6 +235,7 @@ def new_run(
         overrides=list(loaded.overrides),
         mode="strict" if lab.device.type == "cpu" else "best_effort",
         streams=STREAMS,
+        lineage=lineage,
     )
     if study:
         provenance["study"] = study
@@ -355,24 +367,25 @@ def make_loop(
     )
 
 
-def _train(run: Run, lab: Lab, warn: Callable[[str], None]) -> Run:
+def _train(run: Run, lab: Lab, warn: Callable[[str], None], allow: tuple[str, ...] = ()) -> Run:
     "Train a run to its end, from its newest checkpoint if there is one"
     found, damaged = find_checkpoint(run)
     for problem in damaged:
         warn(f"{run.id}: {problem}; using the checkpoint before it")
     origin = _origin(found) if found else None
     with threads(run.provenance()["determinism"]["num_threads"]):
-        attempt = start_attempt(
-            run, origin, {"device": str(lab.device), "torch": torch.__version__}
-        )
+        changes = _changes(run, lab, found)
+        _refuse(run, changes, allow)
+        facts = {"device": str(lab.device), "torch": torch.__version__}
+        attempt = start_attempt(run, origin, facts | {"overrides_allowed": sorted(changes)})
         unseal(run)
         rewind(run, found.manifest["metrics"]["bytes"] if found else 0, attempt)
         with EventLog(run, attempt) as log:
             loop = make_loop(lab, run, log)
             if found:
                 restore(loop, found)
-                for change in changed_environment(loop, found):
-                    warn(f"{run.id}: {change}; the numbers may differ in the last digits")
+                for name, change in changes.items():
+                    warn(f"{run.id}: {name}: {change}; the numbers may differ in the last digits")
             service = Requests(run, attempt)
             loop.callbacks += [Heartbeat(run, attempt), service]
             lifecycle(run, "started", attempt=attempt, step=loop.state.step, damaged=damaged)
@@ -399,6 +412,32 @@ def _origin(found) -> dict:
         "step": found.manifest["step"],
         "manifest_sha256": pointer.get("manifest_sha256"),
     }
+
+# %% ../nbs/70_api.ipynb #e155ac70
+def _changes(run: Run, lab: Lab, found) -> dict[str, str]:
+    "What differs from the start of the run, or from its checkpoint, and can change bits"
+    stamp = run.provenance()
+    then = {"code": stamp["source"]["digest"][:12], "torch": stamp["env"]["torch"]}
+    now = {"code": source_digest()["digest"][:12], "torch": torch.__version__}
+    if found:
+        keys = ("torch", "num_threads", "device", "world_size")
+        then |= {k: found.manifest.get(k) for k in keys}
+        now |= environment(lab)
+    return {k: f"{then[k]} then, {now[k]} now" for k in then if then[k] != now[k]}
+
+
+def _refuse(run: Run, changes: dict[str, str], allow: tuple[str, ...]) -> None:
+    "Refuse to resume a strict run where bits would change"
+    known = ("code", "torch", "num_threads", "device", "world_size")
+    for name in set(allow) - set(known):
+        raise ConfigError(f"--allow {name}: nothing of that name" + nearest(name, known))
+    rest = [k for k in changes if k not in allow]
+    if rest and run.provenance()["determinism"]["mode"] == "strict":
+        listed = "; ".join(f"{k}: {changes[k]}" for k in rest)
+        how = " ".join(f"--allow {k}" for k in rest)
+        raise ConfigError(
+            f"{run.path}: not the same bits if resumed: {listed}; {how} resumes anyway"
+        )
 
 # %% ../nbs/70_api.ipynb #bbc53b2a
 def quiet(*_: Any) -> None:
@@ -466,6 +505,7 @@ def resume_run(
     device: str | None = None,
     announce: Callable[[Run], None] = quiet,
     warn: Callable[[str], None] = quiet,
+    allow: tuple[str, ...] = (),  # Differences that may change bits: "code", "torch", …
 ) -> Run:
     "Continue a run from its newest intact checkpoint; a complete one is left as it is"
     run = open_run(path)
@@ -478,7 +518,7 @@ def resume_run(
             )
     announce(run)
     if derive_state(run) != "completed":
-        return _train(run, build(cfg, device), warn)
+        return _train(run, build(cfg, device), warn, allow)
     if not is_sealed(run):
         _close(run, warn)
     return run
@@ -541,17 +581,115 @@ def sample_run(
     weights: str = "last",
     overrides: tuple[str, ...] = (),  # In the section `sampler`
     device: str | None = None,
-) -> Path:  # The picture, inside the run
+    save_predictions: bool = False,  # Store arrays, at most 64, not only a picture
+) -> Path:  # The picture, or the stored set, inside the run
     "Draw a grid of samples"
     if n < 1 or not 0 <= seed < 1 << 32:
         raise ConfigError(f"n={n}, seed={seed}: n must be at least 1 and 0 <= seed < 2**32")
     run = open_run(path)
     model, lab = load_network(run, weights, device)
-    evaluator = lab.evaluator
     if overrides:
-        evaluator = build(load(run.config_path, overrides=overrides).cfg, device).evaluator
-    images = evaluator.draw(model, n, seed=seed)
+        lab = build(load(run.config_path, overrides=overrides).cfg, device)
+    images = lab.evaluator.draw(model, n, seed=seed)
     picture = run.grids / f"sample_{weights}_seed{seed}_n{n}.png"
     with reopened(run):
         save_png(tile(images, ncols=max(1, round(n**0.5))), picture)
-    return picture
+        if not save_predictions:
+            return picture
+        file = run.checkpoints_dir / f"{weights}.safetensors"
+        about = {"step": _weights_step(run, weights), "weights_sha256": sha256(file)}
+        sampler = {"name": lab.cfg.sampler.name} | lab.cfg.sampler.keywords
+        return store_samples(run, images, sampler, **about, weights=weights, seed=seed)
+
+# %% ../nbs/70_api.ipynb #e219eea0
+def fork_run(
+    path: str | Path,  # The parent's run directory
+    *sources: "str | Path | Mapping",  # Settings that differ from the parent's
+    overrides: tuple[str, ...] = (),  # "key=value", applied last
+    run_root: str | Path | None = None,  # Where runs live; beside the parent when None
+    device: str | None = None,
+    reason: str = "fork",
+    announce: Callable[[Run], None] = quiet,
+    warn: Callable[[str], None] = quiet,
+) -> Run:
+    "Begin a new run with the newest checkpoint of another"
+    parent = open_run(path)
+    loaded = load(dump_as_mapping(config_of(parent)), *sources, overrides=overrides)
+    lab = build(loaded.cfg, device)
+    loop, lineage = _child(parent, lab, reason)
+    run = new_run(loaded, lab, run_root or parent.path.parent.parent, lineage=lineage)
+    announce(run)
+    with EventLog(run, 0) as log:
+        loop.run, loop.log = run, log
+        save_checkpoint(loop)
+    return _train(run, lab, warn)
+
+
+def _child(parent: Run, lab: Lab, reason: str) -> tuple[Loop, dict]:
+    "A loop in the state of the parent's checkpoint, and where that came from"
+    found, _ = find_checkpoint(parent)
+    if found is None:
+        raise ConfigError(f"{parent.path}: has no checkpoint to begin with")
+    loop = make_loop(lab)
+    try:
+        restore(loop, found)
+    except (RuntimeError, KeyError, ValueError) as e:
+        text = str(e).splitlines()[0]
+        raise ConfigError(
+            f"{parent.path}: its checkpoint does not fit this config: {text}"
+        ) from None
+    loop.state.best = None  # the parent's best is not among the child's files
+    step = loop.state.step
+    if loop.done:
+        raise ConfigError(f"train.steps: the parent is at step {step} already; ask for more")
+    lineage = {"parent_run": parent.id, "parent_step": step, "reason": reason}
+    return loop, lineage | {"manifest_sha256": sha256(found.path / "MANIFEST.json")}
+
+
+def continue_run(
+    path: str | Path,  # The parent's run directory
+    steps: int,  # Of the whole training, the parent's included
+    **kwargs: Any,  # As for `fork_run`
+) -> Run:
+    "Train longer than the parent's config said, in a new run"
+    return fork_run(path, overrides=(f"train.steps={steps}",), reason="continue", **kwargs)
+
+# %% ../nbs/70_api.ipynb #f0ab9cb0
+def promote_run(
+    path: str | Path,  # Sealed and sound
+    name: str,  # Of the model
+    weights: str = "last",  # "last" or "best"
+    licence: str = "Apache-2.0",
+    models: str | Path | None = None,  # Where models live; settings.ini decides otherwise
+) -> Model:
+    "Copy a run's averaged weights into the models, under a name and a version"
+    run, root = open_run(path), Path(models or settings(project_root())["models"])
+    _, lab = load_network(run, weights, "cpu")
+    about = {"shape": lab.train.shape, "step": _weights_step(run, weights)}
+    return promote(run, name, root, **about, weights=weights, licence=licence)
+
+
+def sample_model(
+    address: str,  # local://NAME[@VERSION]
+    n: int = 64,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,  # (H, W) that is expected
+    out: str | Path = ".",  # Directory of the picture
+    overrides: tuple[str, ...] = (),  # In the section `sampler`
+    device: str | None = None,
+    models: str | Path | None = None,
+) -> Path:  # The picture
+    "Draw a grid of samples from a promoted model"
+    model = find_model(address, models or settings(project_root())["models"])
+    _, height, width = shape = tuple(model.card["input_shape"])
+    if size not in (None, (height, width)):
+        asked = f"{size[0]}x{size[1]}"
+        raise ConfigError(f"{address}: makes images of {height}x{width}, not {asked}")
+    lab = build(load(model.path / "config.resolved.yaml", overrides=overrides).cfg, device)
+    if lab.train.shape != shape:
+        raise ConfigError(f"{address}: needs data of {shape}; data.name gives {lab.train.shape}")
+    network = lab.state().model.eval().requires_grad_(False)
+    network.load_state_dict(load_tensors((model.path / "model.safetensors").read_bytes()))
+    images = lab.evaluator.draw(network, n, seed=seed)
+    name = f"{model.card['name']}-{model.card['version']}_seed{seed}_n{n}.png"
+    return save_png(tile(images, ncols=max(1, round(n**0.5))), Path(out) / name)
