@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN_VERBS', 'ALIASES', 'VERBS', 'announce', 'train', 'resume', 'evaluate', 'sample', 'smoke', 'check', 'runs', 'ask',
-           'fork', 'go_on', 'export', 'promote', 'lanes', 'main']
+           'fork', 'go_on', 'export', 'promote', 'compare', 'repro', 'lanes', 'main']
 
 # %% ../nbs/71_cli.ipynb #c886d2e8
 import argparse
@@ -124,39 +124,27 @@ def _report(checks: list, quiet: bool = False) -> None:
 
 # %% ../nbs/71_cli.ipynb #19779124
 def runs(args: argparse.Namespace) -> int:
-    "List runs with state, step and last values: minsnr runs [--json]"
+    "List runs: minsnr runs [--columns KEY …] [--where KEY=VALUE …] [--sort KEY] [--json]"
     from minsnr_nb.provenance import project_root, settings
-    from minsnr_nb.run_layout import list_runs
+    from minsnr_nb.run_index import run_rows
 
     root = Path(args.run_root or settings(project_root())["runs"])
-    rows = [_row(run) for run in list_runs(root)]
+    rows = run_rows(root, args.columns, args.where, args.sort)
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
-        print(_columns(rows) if rows else f"no runs in {root}")
+        shown = [_short(row, args.columns) for row in rows]
+        print(_columns(shown) if shown else f"no runs in {root}")
     return 0
 
 
-def _row(run) -> dict:
-    "What the list says about one run"
-    from minsnr_nb.run_layout import derive_state, read_json, read_status
-
-    try:
-        status, cfg = read_status(run), run.config()
-        final = read_json(run.summary_path).get("final", {})
-    except (MinsnrError, OSError, KeyError, ValueError) as e:
-        return {"run": str(run.path), "state": "unreadable", "step": "", "loss": str(e)[:60]}
-    metric = next((k for k in final if k.startswith("eval/")), "train/loss")
-    keys = {k: v for k, v in cfg["loss"].items() if k != "name"}
-    loss = cfg["loss"]["name"] + "".join(f" {k}={v}" for k, v in keys.items())
-    return {
-        "run": str(run.path),
-        "state": derive_state(run),
-        "step": f"{status.get('step', 0)}/{status.get('total_steps')}",
-        "loss": f"{loss} ({cfg['objective']['prediction']})",
-        "seed": cfg["seed"],
-        metric: final.get(metric),
-    }
+def _short(row: dict, columns: list[str]) -> dict:
+    "What a line of the list says about one run"
+    out = {"run": row["path"], "state": row["state"]}
+    if row["state"] == "unreadable":
+        return out | {"loss": row["reason"][:60]}
+    out |= {"step": f"{row['step']}/{row['total_steps']}", "loss": row["loss"], "seed": row["seed"]}
+    return out | {row["metric"]: row["value"]} | {k: row[k] for k in columns}
 
 # %% ../nbs/71_cli.ipynb #2c73a576
 def _columns(rows: list[dict]) -> str:
@@ -217,7 +205,29 @@ def promote(args: argparse.Namespace) -> int:
     print(f"local://{args.name}@{model.card['version']} {model.path}")
     return 0
 
-# %% ../nbs/71_cli.ipynb #279ad462
+# %% ../nbs/71_cli.ipynb #4fe93acf
+def compare(args: argparse.Namespace) -> int:
+    "Put runs side by side on one page: minsnr compare RUN RUN … [--out compare.html]"
+    from minsnr_nb.compare import compare_page
+
+    print(compare_page(args.run, args.out))
+    return 0
+
+
+def repro(args: argparse.Namespace) -> int:
+    "Run an old run again from its record and compare: minsnr repro RUN --verify"
+    from minsnr_nb.repro import package_changes, verify
+    from minsnr_nb.run_layout import open_run
+
+    if not args.verify:
+        raise ConfigError("repro: add --verify; training again without comparing is `minsnr train`")
+    for change in package_changes(open_run(args.run)):
+        _warn(f"package {change}")
+    step, difference = verify(args.run, device=args.device)
+    print(difference or f"identical to step {step}")
+    return 1 if difference else 0
+
+# %% ../nbs/71_cli.ipynb #57909153
 _A_RUN = ("run", {"help": "run directory"})
 _SET = ("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings, applied last"})
 _WHERE = [
@@ -228,6 +238,19 @@ RUN_VERBS = (
     ("ask", ask, [_A_RUN, ("what", {"choices": ["stop", "checkpoint", "sample"]})]),
     ("continue", go_on, [_A_RUN, ("--steps", {"type": int, "required": True}), *_WHERE]),
     ("fork", fork, [_A_RUN, _SET, *_WHERE]),
+    (
+        "compare",
+        compare,
+        [
+            ("run", {"nargs": "+", "help": "run directories"}),
+            ("--out", {"default": "compare.html", "help": "file to write"}),
+        ],
+    ),
+    (
+        "repro",
+        repro,
+        [_A_RUN, ("--verify", {"action": "store_true", "help": "compare both"}), _WHERE[0]],
+    ),
     ("export", export, [_A_RUN, ("--dest", {"help": "nbs/docs/assets when not given"})]),
     (
         "promote",
@@ -350,7 +373,17 @@ VERBS = (
             ("--json", {"action": "store_true", "help": "every outcome, for scripts"}),
         ],
     ),
-    ("runs", runs, [("--json", {"action": "store_true"}), _ROOT]),
+    (
+        "runs",
+        runs,
+        [
+            ("--columns", {"nargs": "+", "default": [], "help": "config keys, names of metrics"}),
+            ("--where", {"nargs": "+", "default": [], "help": "conditions, as in seed=1"}),
+            ("--sort", {"help": "a column; write --sort=-KEY for the largest first"}),
+            ("--json", {"action": "store_true"}),
+            _ROOT,
+        ],
+    ),
     ("smoke", smoke, [_OVERRIDES, _ROOT]),
     ("list", lanes, [("lane", {"nargs": "?", "help": "for example weightings"})]),
     *RUN_VERBS,

@@ -178,3 +178,44 @@ def test_continue_and_fork_know_their_parent(finished, tmp_path, capsys):
         == 2
     )
     assert not empty.exists()
+
+
+# --- the index, comparison, repetition ------------------------------------------------------------
+
+
+def test_the_list_comes_from_the_index(finished, capsys):
+    root = finished.parent.parent
+    words = ["runs", "--run-root", root, "--columns", "loss.gamma", "--where", "state=completed"]
+    (row,) = json.loads(typed(capsys, *words, "--json").stdout)
+    assert (
+        row["loss.gamma"] == 5.0
+        and row["path"] == str(finished)
+        and (root / ".index.sqlite").exists()
+    )
+    assert "min_snr" in typed(capsys, *words).stdout
+    assert typed(capsys, "runs", "--run-root", root, "--where", "nonsense").returncode == 2
+
+
+def test_compare_makes_one_page(finished, copy, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert typed(capsys, "compare", finished, copy, "--out", page).returncode == 0
+    text = page.read_text()
+    assert (
+        text.count("data:image/png") >= 2 + 2 * 2
+        and "http://" not in text
+        and "https://" not in text
+    )
+
+
+def test_an_old_run_repeats_to_the_last_bit(finished, copy, capsys):
+    done = typed(capsys, "repro", finished, "--verify")
+    assert done.stdout.strip() == "identical to step 12" and done.returncode == 0, done.stderr
+    log = copy / "logs/metrics.jsonl"
+    lines = [json.loads(x) for x in log.read_text().splitlines()]
+    second = next(e for e in lines if e["step"] == 8)
+    second["train/loss"] += 1e-9
+    log.write_text("".join(json.dumps(e) + "\n" for e in lines))
+    done = typed(capsys, "repro", copy, "--verify")
+    assert done.returncode == 1 and done.stdout.startswith(
+        "first difference at step 8: train/loss: "
+    )
