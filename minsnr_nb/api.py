@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['LANES', 'STREAMS', 'load', 'config_schema', 'images', 'pick_device', 'Lab', 'build', 'new_run', 'tell_papermill',
            'Heartbeat', 'RunFailed', 'recorded', 'threads', 'make_loop', 'quiet', 'train_run', 'config_differences',
-           'config_of', 'resume_run', 'load_network', 'eval_run', 'dump_as_mapping', 'sample_run', 'fork_run',
-           'continue_run', 'promote_run', 'sample_model']
+           'config_of', 'resume_run', 'read_tensors', 'load_network', 'eval_run', 'dump_as_mapping', 'sample_run',
+           'fork_run', 'continue_run', 'promote_run', 'sample_model']
 
-# %% ../nbs/70_api.ipynb #c91a1783
+# %% ../nbs/70_api.ipynb #aed4978a
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from torch import nn
 
@@ -300,32 +300,33 @@ def recorded(
     attempt: int,
 ) -> Iterator[None]:
     "Keep the run's status true, whatever happens inside"
-    total = loop.cfg.train.steps
-    put = partial(set_status, run, total_steps=total, attempt=attempt)
+    put = partial(set_status, run, total_steps=loop.cfg.train.steps, attempt=attempt)
+
+    def ended(state: str, e: BaseException, step: int, reason: str, **more: Any) -> None:
+        with suppress(MinsnrError):  # a full disk must not hide why the run ended
+            write_summary(run)
+            put(state, step=step, reason=reason, exit=_exit(e) | more)
+
     put("running", step=loop.state.step)
     try:
         yield
     except NonFiniteLoss as e:
         lifecycle(run, "nonfinite_loss", step=e.step, images=e.index, attempt=attempt)
-        put("failed", step=e.step, reason=str(e), exit=_exit(e))
+        ended("failed", e, e.step, str(e))
         raise RunFailed(f"{run.path}: {e}") from None
     except Stopped as e:
         lifecycle(run, "stopped", step=e.step, reason=str(e), attempt=attempt)
-        write_summary(run)
-        put("interrupted", step=e.step, reason=str(e), exit=_exit(e) | {"signal": e.signal})
+        ended("interrupted", e, e.step, str(e), signal=e.signal)
         raise
     except KeyboardInterrupt as e:
-        put("interrupted", step=loop.state.step, reason="interrupted by the user", exit=_exit(e))
+        ended("interrupted", e, loop.state.step, "interrupted by the user")
         raise
     except Exception as e:
-        put("failed", step=loop.state.step, reason=f"{type(e).__name__}: {e}", exit=_exit(e))
+        ended("failed", e, loop.state.step, f"{type(e).__name__}: {e}")
         raise
     write_summary(run)
-    put(
-        "completed",
-        step=loop.state.step,
-        exit={"code": 0, "signal": None, "type": None, "message": None},
-    )
+    done = {"code": 0, "signal": None, "type": None, "message": None}
+    put("completed", step=loop.state.step, exit=done)
 
 
 def _exit(e: BaseException) -> dict:
@@ -523,6 +524,16 @@ def resume_run(
         _close(run, warn)
     return run
 
+# %% ../nbs/70_api.ipynb #2e8e7ab7
+def read_tensors(
+    path: str | Path,  # A .safetensors file
+) -> dict[str, torch.Tensor]:
+    "Read weights, or say in one line that they are damaged"
+    try:
+        return load_tensors(Path(path).read_bytes())
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError) as e:
+        raise MinsnrError(f"{path}: cannot be read as weights: {str(e).splitlines()[0]}") from None
+
 # %% ../nbs/70_api.ipynb #24a9216f
 def load_network(
     run: Run,
@@ -535,7 +546,7 @@ def load_network(
     if not path.is_file():
         raise ConfigError(f"{path}: not there; the run has not saved {weights!r} weights yet")
     model = lab.state().model.eval()
-    model.load_state_dict(load_tensors(path.read_bytes()))
+    model.load_state_dict(read_tensors(path))
     return model.requires_grad_(False), lab
 
 
@@ -689,7 +700,7 @@ def sample_model(
     if lab.train.shape != shape:
         raise ConfigError(f"{address}: needs data of {shape}; data.name gives {lab.train.shape}")
     network = lab.state().model.eval().requires_grad_(False)
-    network.load_state_dict(load_tensors((model.path / "model.safetensors").read_bytes()))
+    network.load_state_dict(read_tensors(model.path / "model.safetensors"))
     images = lab.evaluator.draw(network, n, seed=seed)
     name = f"{model.card['name']}-{model.card['version']}_seed{seed}_n{n}.png"
     return save_png(tile(images, ncols=max(1, round(n**0.5))), Path(out) / name)
