@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Gaussian', 'GaussianMixture', 'posterior', 'denoise', 'left_over', 'min_x0_mse']
 
-# %% ../nbs/23_toy.ipynb #9f8747a9
+# %% ../nbs/23_toy.ipynb #f26c565b
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .config import ConfigError
-from .diffusion import at
+from .diffusion import at, locate
 from .schedule import NoiseSchedule
 from .seeds import Stream
 
@@ -37,10 +37,11 @@ class Gaussian:
     def denoise(
         self,
         x_t: Tensor,  # Noised images, (B, ...)
-        t: Tensor | int,  # Timestep of each, (B,), or one for all
+        t: Tensor | int | float,  # Timestep of each, (B,), or one for all
         schedule: NoiseSchedule,  # Gives α (`signal`) and σ (`noise`)
     ) -> Tensor:  # Best guess of the images, like `x_t`
         "Compute E[x0 | x_t]"
+        schedule, t = locate(schedule, t)
         a, s = at(schedule.signal, t, x_t), at(schedule.noise, t, x_t)
         gain = a * self.std**2 / (a**2 * self.std**2 + s**2)
         return self.mean + gain * (x_t - a * self.mean)
@@ -89,10 +90,11 @@ class GaussianMixture:
 def posterior(
     source: GaussianMixture,  # K components in D = prod(shape) dimensions
     x_t: Tensor,  # Noised images, (B, *shape)
-    t: Tensor | int,  # Timestep of each, (B,), or one for all
+    t: Tensor | int | float,  # Timestep of each, (B,), or one for all
     schedule: NoiseSchedule,  # Gives α (`signal`) and σ (`noise`)
 ) -> tuple[Tensor, Tensor, Tensor]:  # Probabilities (B, K), means (B, K, D), variances (B, K)
     "Find out what a noised image says about each component"
+    schedule, t = locate(schedule, t)
     x = x_t.double().reshape(len(x_t), 1, -1)
     means, var = source.means.reshape(len(source.means), -1), source.stds**2
     a, s = (table[t].double().view(-1, 1) for table in (schedule.signal, schedule.noise))
@@ -106,7 +108,7 @@ def posterior(
 def denoise(
     self: GaussianMixture,
     x_t: Tensor,  # Noised images, (B, *shape)
-    t: Tensor | int,  # Timestep of each, (B,), or one for all
+    t: Tensor | int | float,  # Timestep of each, (B,), or one for all
     schedule: NoiseSchedule,  # Gives α (`signal`) and σ (`noise`)
 ) -> Tensor:  # Best guess of the images, like `x_t`
     "Compute E[x0 | x_t]"
