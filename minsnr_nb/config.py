@@ -116,6 +116,8 @@ def read_yaml(
     "Read one YAML document strictly"
     if len(text.encode()) > MAX_BYTES:
         raise ConfigError(f"{source}: larger than {MAX_BYTES} bytes")
+    if sum(map(text.count, "\n,[{")) > MAX_NODES:  # told before the slow reader begins
+        raise ConfigError(f"{source}: more than {MAX_NODES} values")
     where: dict = {}
     try:
         node = yaml.compose(text, Loader=_Loader)
