@@ -8,7 +8,7 @@ __all__ = ['LANES', 'STREAMS', 'load', 'config_schema', 'images', 'pick_device',
            'config_of', 'resume_run', 'read_tensors', 'load_network', 'eval_run', 'dump_as_mapping', 'sample_run',
            'fork_run', 'continue_run', 'promote_run', 'sample_model']
 
-# %% ../nbs/70_api.ipynb #b95d58e7
+# %% ../nbs/70_api.ipynb #6f7d126a
 import json
 import os
 import time
@@ -81,6 +81,7 @@ from minsnr_nb.train_loop import (
     make_optimizer,
     train,
 )
+from .uncertainty import UNCERTAINTIES
 from .unet import MODELS
 
 # %% ../nbs/70_api.ipynb #96b1cd34
@@ -89,6 +90,7 @@ LANES = {
     "schedule": SCHEDULES,
     "loss": WEIGHTINGS,
     "density": DENSITIES,
+    "uncertainty": UNCERTAINTIES,
     "model": MODELS,
     "ema": WRAPPERS,
     "sampler": SAMPLERS,
@@ -206,6 +208,7 @@ def build(
         cfg.loss.keywords,
         density,
         cfg.objective.sigma_data,
+        UNCERTAINTIES.bind(cfg.uncertainty.name, cfg.uncertainty.keywords)(schedule),
     )
     objective = make_objective(schedule, *target)
     evaluator = Evaluator(

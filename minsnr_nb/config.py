@@ -209,6 +209,7 @@ class Config(BaseModel):
     objective: ObjectiveSection = ObjectiveSection()
     loss: Lane = Lane(name="constant")
     density: Lane = Lane(name="uniform")
+    uncertainty: Lane = Lane(name="none")
     model: Lane = Lane(name="mlp")
     ema: Lane = Lane(name="ema")
     optim: OptimSection = OptimSection()
