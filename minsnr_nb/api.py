@@ -5,26 +5,33 @@
 # %% auto #0
 __all__ = ['LANES', 'STREAMS', 'load', 'config_schema', 'images', 'pick_device', 'Lab', 'build', 'new_run', 'tell_papermill',
            'Heartbeat', 'RunFailed', 'recorded', 'threads', 'make_loop', 'quiet', 'train_run', 'config_differences',
-           'config_of', 'resume_run', 'load_network', 'eval_run', 'dump_as_mapping', 'sample_run']
+           'config_of', 'resume_run', 'read_tensors', 'load_network', 'eval_run', 'dump_as_mapping', 'sample_run',
+           'fork_run', 'continue_run', 'promote_run', 'sample_model']
 
-# %% ../nbs/70_api.ipynb #98f3be8b
+# %% ../nbs/70_api.ipynb #6f7d126a
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from torch import nn
 
 from .callbacks import CALLBACKS
-from .checkpoint import changed_environment, find_checkpoint, json_or_none, restore
+from minsnr_nb.checkpoint import (
+    environment,
+    find_checkpoint,
+    json_or_none,
+    restore,
+    save_checkpoint,
+)
 from minsnr_nb.config import (
     Config,
     ConfigError,
@@ -32,10 +39,11 @@ from minsnr_nb.config import (
     MinsnrError,
     config_sha256,
     load_config,
+    nearest,
     read_yaml,
 )
 from .data import DATASETS, ImageSet
-from .durable import Appender
+from .durable import Appender, sha256
 from .ema import WRAPPERS
 from .evaluate import Evaluator, report
 from .events import EventLog, lifecycle, rewind
@@ -43,8 +51,11 @@ from .metrics import METRICS
 from .minsnr_loss import WEIGHTINGS
 from .density import DENSITIES, make_density
 from .objective import Objective, make_objective
-from .provenance import collect, project_root, settings
+from .prediction_sets import store_samples
+from .promote import Model, find_model, promote
+from .provenance import collect, project_root, settings, source_digest
 from .registry import load_plugins
+from .requests import Requests, Stopped, catching
 from minsnr_nb.run_layout import (
     Run,
     attempts_of,
@@ -58,6 +69,7 @@ from minsnr_nb.run_layout import (
 from .run_layout import write_summary
 from .samplers import SAMPLERS
 from .schedule import SCHEDULES, zero_terminal_snr
+from .seal import is_sealed, reopened, seal, unseal
 from .seeds import fixed_torch
 from .show import save_png, tile
 from minsnr_nb.train_loop import (
@@ -69,6 +81,7 @@ from minsnr_nb.train_loop import (
     make_optimizer,
     train,
 )
+from .uncertainty import UNCERTAINTIES
 from .unet import MODELS
 
 # %% ../nbs/70_api.ipynb #96b1cd34
@@ -77,6 +90,7 @@ LANES = {
     "schedule": SCHEDULES,
     "loss": WEIGHTINGS,
     "density": DENSITIES,
+    "uncertainty": UNCERTAINTIES,
     "model": MODELS,
     "ema": WRAPPERS,
     "sampler": SAMPLERS,
@@ -194,6 +208,7 @@ def build(
         cfg.loss.keywords,
         density,
         cfg.objective.sigma_data,
+        UNCERTAINTIES.bind(cfg.uncertainty.name, cfg.uncertainty.keywords)(schedule),
     )
     objective = make_objective(schedule, *target)
     evaluator = Evaluator(
@@ -218,6 +233,7 @@ def new_run(
     lab: Lab,  # From `build`
     run_root: str | Path | None = None,  # Where runs live; settings.ini decides otherwise
     study: dict | None = None,  # {"name", "arm", "group"}
+    lineage: dict | None = None,  # {parent_run, parent_step, manifest_sha256, reason}
 ) -> Run:
     "Create the run directory"
     cfg = loaded.cfg
@@ -229,6 +245,7 @@ def new_run(
         overrides=list(loaded.overrides),
         mode="strict" if lab.device.type == "cpu" else "best_effort",
         streams=STREAMS,
+        lineage=lineage,
     )
     if study:
         provenance["study"] = study
@@ -293,31 +310,38 @@ def recorded(
     attempt: int,
 ) -> Iterator[None]:
     "Keep the run's status true, whatever happens inside"
-    total = loop.cfg.train.steps
-    put = partial(set_status, run, total_steps=total, attempt=attempt)
+    put = partial(set_status, run, total_steps=loop.cfg.train.steps, attempt=attempt)
+
+    def ended(state: str, e: BaseException, step: int, reason: str, **more: Any) -> None:
+        with suppress(MinsnrError):  # a full disk must not hide why the run ended
+            write_summary(run)
+            put(state, step=step, reason=reason, exit=_exit(e) | more)
+
     put("running", step=loop.state.step)
     try:
         yield
     except NonFiniteLoss as e:
         lifecycle(run, "nonfinite_loss", step=e.step, images=e.index, attempt=attempt)
-        put("failed", step=e.step, reason=str(e), exit=_exit(e))
+        ended("failed", e, e.step, str(e))
         raise RunFailed(f"{run.path}: {e}") from None
+    except Stopped as e:
+        lifecycle(run, "stopped", step=e.step, reason=str(e), attempt=attempt)
+        ended("interrupted", e, e.step, str(e), signal=e.signal)
+        raise
     except KeyboardInterrupt as e:
-        put("interrupted", step=loop.state.step, reason="interrupted by the user", exit=_exit(e))
+        ended("interrupted", e, loop.state.step, "interrupted by the user")
         raise
     except Exception as e:
-        put("failed", step=loop.state.step, reason=f"{type(e).__name__}: {e}", exit=_exit(e))
+        ended("failed", e, loop.state.step, f"{type(e).__name__}: {e}")
         raise
     write_summary(run)
-    put(
-        "completed",
-        step=loop.state.step,
-        exit={"code": 0, "signal": None, "type": None, "message": None},
-    )
+    done = {"code": 0, "signal": None, "type": None, "message": None}
+    put("completed", step=loop.state.step, exit=done)
 
 
 def _exit(e: BaseException) -> dict:
-    return {"code": 1, "signal": None, "type": type(e).__name__, "message": str(e)[:1000]}
+    code = getattr(e, "exit_code", 1)
+    return {"code": code, "signal": None, "type": type(e).__name__, "message": str(e)[:1000]}
 
 # %% ../nbs/70_api.ipynb #47691e9e
 @contextmanager
@@ -354,29 +378,42 @@ def make_loop(
     )
 
 
-def _train(run: Run, lab: Lab, warn: Callable[[str], None]) -> Run:
+def _train(run: Run, lab: Lab, warn: Callable[[str], None], allow: tuple[str, ...] = ()) -> Run:
     "Train a run to its end, from its newest checkpoint if there is one"
     found, damaged = find_checkpoint(run)
     for problem in damaged:
         warn(f"{run.id}: {problem}; using the checkpoint before it")
     origin = _origin(found) if found else None
     with threads(run.provenance()["determinism"]["num_threads"]):
-        attempt = start_attempt(
-            run, origin, {"device": str(lab.device), "torch": torch.__version__}
-        )
+        changes = _changes(run, lab, found)
+        _refuse(run, changes, allow)
+        facts = {"device": str(lab.device), "torch": torch.__version__}
+        attempt = start_attempt(run, origin, facts | {"overrides_allowed": sorted(changes)})
+        unseal(run)
         rewind(run, found.manifest["metrics"]["bytes"] if found else 0, attempt)
         with EventLog(run, attempt) as log:
             loop = make_loop(lab, run, log)
             if found:
                 restore(loop, found)
-                for change in changed_environment(loop, found):
-                    warn(f"{run.id}: {change}; the numbers may differ in the last digits")
-            loop.callbacks.append(Heartbeat(run, attempt))
+                for name, change in changes.items():
+                    warn(f"{run.id}: {name}: {change}; the numbers may differ in the last digits")
+            service = Requests(run, attempt)
+            loop.callbacks += [Heartbeat(run, attempt), service]
             lifecycle(run, "started", attempt=attempt, step=loop.state.step, damaged=damaged)
-            with recorded(run, loop, attempt):
+            with recorded(run, loop, attempt), catching(service):
                 train(loop)
+                service.check(loop)
             lifecycle(run, "completed", attempt=attempt, step=loop.state.step)
+    _close(run, warn)
     return run
+
+
+def _close(run: Run, warn: Callable[[str], None]) -> None:
+    "Seal a completed run; one that is not sound is told about and stays open"
+    try:
+        seal(run)
+    except MinsnrError as e:
+        warn(str(e))
 
 
 def _origin(found) -> dict:
@@ -386,6 +423,32 @@ def _origin(found) -> dict:
         "step": found.manifest["step"],
         "manifest_sha256": pointer.get("manifest_sha256"),
     }
+
+# %% ../nbs/70_api.ipynb #e155ac70
+def _changes(run: Run, lab: Lab, found) -> dict[str, str]:
+    "What differs from the start of the run, or from its checkpoint, and can change bits"
+    stamp = run.provenance()
+    then = {"code": stamp["source"]["digest"][:12], "torch": stamp["env"]["torch"]}
+    now = {"code": source_digest()["digest"][:12], "torch": torch.__version__}
+    if found:
+        keys = ("torch", "num_threads", "device", "world_size")
+        then |= {k: found.manifest.get(k) for k in keys}
+        now |= environment(lab)
+    return {k: f"{then[k]} then, {now[k]} now" for k in then if then[k] != now[k]}
+
+
+def _refuse(run: Run, changes: dict[str, str], allow: tuple[str, ...]) -> None:
+    "Refuse to resume a strict run where bits would change"
+    known = ("code", "torch", "num_threads", "device", "world_size")
+    for name in set(allow) - set(known):
+        raise ConfigError(f"--allow {name}: nothing of that name" + nearest(name, known))
+    rest = [k for k in changes if k not in allow]
+    if rest and run.provenance()["determinism"]["mode"] == "strict":
+        listed = "; ".join(f"{k}: {changes[k]}" for k in rest)
+        how = " ".join(f"--allow {k}" for k in rest)
+        raise ConfigError(
+            f"{run.path}: not the same bits if resumed: {listed}; {how} resumes anyway"
+        )
 
 # %% ../nbs/70_api.ipynb #bbc53b2a
 def quiet(*_: Any) -> None:
@@ -455,6 +518,7 @@ def resume_run(
     device: str | None = None,
     announce: Callable[[Run], None] = quiet,
     warn: Callable[[str], None] = quiet,
+    allow: tuple[str, ...] = (),  # Differences that may change bits: "code", "torch", …
 ) -> Run:
     "Continue a run from its newest intact checkpoint; a complete one is left as it is"
     run = open_run(path)
@@ -466,7 +530,23 @@ def resume_run(
                 f"{run.path}: cannot be resumed with another config: {'; '.join(different)}"
             )
     announce(run)
-    return run if derive_state(run) == "completed" else _train(run, build(cfg, device), warn)
+    if not run.notebook.exists():  # killed before its study could keep the notebook
+        tell_papermill(run)
+    if derive_state(run) != "completed":
+        return _train(run, build(cfg, device), warn, allow)
+    if not is_sealed(run):
+        _close(run, warn)
+    return run
+
+# %% ../nbs/70_api.ipynb #2e8e7ab7
+def read_tensors(
+    path: str | Path,  # A .safetensors file
+) -> dict[str, torch.Tensor]:
+    "Read weights, or say in one line that they are damaged"
+    try:
+        return load_tensors(Path(path).read_bytes())
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError) as e:
+        raise MinsnrError(f"{path}: cannot be read as weights: {str(e).splitlines()[0]}") from None
 
 # %% ../nbs/70_api.ipynb #24a9216f
 def load_network(
@@ -480,7 +560,7 @@ def load_network(
     if not path.is_file():
         raise ConfigError(f"{path}: not there; the run has not saved {weights!r} weights yet")
     model = lab.state().model.eval()
-    model.load_state_dict(load_tensors(path.read_bytes()))
+    model.load_state_dict(read_tensors(path))
     return model.requires_grad_(False), lab
 
 
@@ -501,9 +581,10 @@ def eval_run(
     model, _ = load_network(run, weights, device)
     values = report(build(asked, device).evaluator, model)
     attempt = len(attempts_of(run))
-    with EventLog(run, attempt) as log:
-        log.log(_weights_step(run, weights), "eval", values)
-    write_summary(run)
+    with reopened(run):
+        with EventLog(run, attempt) as log:
+            log.log(_weights_step(run, weights), "eval", values)
+        write_summary(run)
     return run, values
 
 
@@ -525,16 +606,115 @@ def sample_run(
     weights: str = "last",
     overrides: tuple[str, ...] = (),  # In the section `sampler`
     device: str | None = None,
-) -> Path:  # The picture, inside the run
+    save_predictions: bool = False,  # Store arrays, at most 64, not only a picture
+) -> Path:  # The picture, or the stored set, inside the run
     "Draw a grid of samples"
     if n < 1 or not 0 <= seed < 1 << 32:
         raise ConfigError(f"n={n}, seed={seed}: n must be at least 1 and 0 <= seed < 2**32")
     run = open_run(path)
     model, lab = load_network(run, weights, device)
-    evaluator = lab.evaluator
     if overrides:
-        evaluator = build(load(run.config_path, overrides=overrides).cfg, device).evaluator
-    images = evaluator.draw(model, n, seed=seed)
+        lab = build(load(run.config_path, overrides=overrides).cfg, device)
+    images = lab.evaluator.draw(model, n, seed=seed)
     picture = run.grids / f"sample_{weights}_seed{seed}_n{n}.png"
-    save_png(tile(images, ncols=max(1, round(n**0.5))), picture)
-    return picture
+    with reopened(run):
+        save_png(tile(images, ncols=max(1, round(n**0.5))), picture)
+        if not save_predictions:
+            return picture
+        file = run.checkpoints_dir / f"{weights}.safetensors"
+        about = {"step": _weights_step(run, weights), "weights_sha256": sha256(file)}
+        sampler = {"name": lab.cfg.sampler.name} | lab.cfg.sampler.keywords
+        return store_samples(run, images, sampler, **about, weights=weights, seed=seed)
+
+# %% ../nbs/70_api.ipynb #e219eea0
+def fork_run(
+    path: str | Path,  # The parent's run directory
+    *sources: "str | Path | Mapping",  # Settings that differ from the parent's
+    overrides: tuple[str, ...] = (),  # "key=value", applied last
+    run_root: str | Path | None = None,  # Where runs live; beside the parent when None
+    device: str | None = None,
+    reason: str = "fork",
+    announce: Callable[[Run], None] = quiet,
+    warn: Callable[[str], None] = quiet,
+) -> Run:
+    "Begin a new run with the newest checkpoint of another"
+    parent = open_run(path)
+    loaded = load(dump_as_mapping(config_of(parent)), *sources, overrides=overrides)
+    lab = build(loaded.cfg, device)
+    loop, lineage = _child(parent, lab, reason)
+    run = new_run(loaded, lab, run_root or parent.path.parent.parent, lineage=lineage)
+    announce(run)
+    with EventLog(run, 0) as log:
+        loop.run, loop.log = run, log
+        save_checkpoint(loop)
+    return _train(run, lab, warn)
+
+
+def _child(parent: Run, lab: Lab, reason: str) -> tuple[Loop, dict]:
+    "A loop in the state of the parent's checkpoint, and where that came from"
+    found, _ = find_checkpoint(parent)
+    if found is None:
+        raise ConfigError(f"{parent.path}: has no checkpoint to begin with")
+    loop = make_loop(lab)
+    try:
+        restore(loop, found)
+    except (RuntimeError, KeyError, ValueError) as e:
+        text = str(e).splitlines()[0]
+        raise ConfigError(
+            f"{parent.path}: its checkpoint does not fit this config: {text}"
+        ) from None
+    loop.state.best = None  # the parent's best is not among the child's files
+    step = loop.state.step
+    if loop.done:
+        raise ConfigError(f"train.steps: the parent is at step {step} already; ask for more")
+    lineage = {"parent_run": parent.id, "parent_step": step, "reason": reason}
+    return loop, lineage | {"manifest_sha256": sha256(found.path / "MANIFEST.json")}
+
+
+def continue_run(
+    path: str | Path,  # The parent's run directory
+    steps: int,  # Of the whole training, the parent's included
+    **kwargs: Any,  # As for `fork_run`
+) -> Run:
+    "Train longer than the parent's config said, in a new run"
+    return fork_run(path, overrides=(f"train.steps={steps}",), reason="continue", **kwargs)
+
+# %% ../nbs/70_api.ipynb #f0ab9cb0
+def promote_run(
+    path: str | Path,  # Sealed and sound
+    name: str,  # Of the model
+    weights: str = "last",  # "last" or "best"
+    licence: str = "Apache-2.0",
+    models: str | Path | None = None,  # Where models live; settings.ini decides otherwise
+) -> Model:
+    "Copy a run's averaged weights into the models, under a name and a version"
+    run, root = open_run(path), Path(models or settings(project_root())["models"])
+    _, lab = load_network(run, weights, "cpu")
+    about = {"shape": lab.train.shape, "step": _weights_step(run, weights)}
+    return promote(run, name, root, **about, weights=weights, licence=licence)
+
+
+def sample_model(
+    address: str,  # local://NAME[@VERSION]
+    n: int = 64,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,  # (H, W) that is expected
+    out: str | Path = ".",  # Directory of the picture
+    overrides: tuple[str, ...] = (),  # In the section `sampler`
+    device: str | None = None,
+    models: str | Path | None = None,
+) -> Path:  # The picture
+    "Draw a grid of samples from a promoted model"
+    model = find_model(address, models or settings(project_root())["models"])
+    _, height, width = shape = tuple(model.card["input_shape"])
+    if size not in (None, (height, width)):
+        asked = f"{size[0]}x{size[1]}"
+        raise ConfigError(f"{address}: makes images of {height}x{width}, not {asked}")
+    lab = build(load(model.path / "config.resolved.yaml", overrides=overrides).cfg, device)
+    if lab.train.shape != shape:
+        raise ConfigError(f"{address}: needs data of {shape}; data.name gives {lab.train.shape}")
+    network = lab.state().model.eval().requires_grad_(False)
+    network.load_state_dict(read_tensors(model.path / "model.safetensors"))
+    images = lab.evaluator.draw(network, n, seed=seed)
+    name = f"{model.card['name']}-{model.card['version']}_seed{seed}_n{n}.png"
+    return save_png(tile(images, ncols=max(1, round(n**0.5))), Path(out) / name)

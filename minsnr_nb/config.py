@@ -116,6 +116,8 @@ def read_yaml(
     "Read one YAML document strictly"
     if len(text.encode()) > MAX_BYTES:
         raise ConfigError(f"{source}: larger than {MAX_BYTES} bytes")
+    if sum(map(text.count, "\n,[{")) > MAX_NODES:  # told before the slow reader begins
+        raise ConfigError(f"{source}: more than {MAX_NODES} values")
     where: dict = {}
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -207,6 +209,7 @@ class Config(BaseModel):
     objective: ObjectiveSection = ObjectiveSection()
     loss: Lane = Lane(name="constant")
     density: Lane = Lane(name="uniform")
+    uncertainty: Lane = Lane(name="none")
     model: Lane = Lane(name="mlp")
     ema: Lane = Lane(name="ema")
     optim: OptimSection = OptimSection()

@@ -92,12 +92,14 @@ def _outcomes(run: Run, id: str, level: str, hint: str, find: Callable) -> list[
 
 def check_run(
     path: str | Path,  # A run directory, wherever it was moved to
+    level: str = "L3",  # The last level wanted
 ) -> list[Check]:  # At least one outcome per check
     "Check a run against both contracts"
     run = Run(Path(path).resolve())
     if not run.path.is_dir():
         raise ConfigError(f"{path}: no such directory; `minsnr runs` lists the runs")
-    outcomes = [_outcomes(run, id, *known) for id, known in CHECKS.items()]
+    wanted = {id: known for id, known in CHECKS.items() if known[0] <= level}
+    outcomes = [_outcomes(run, id, *known) for id, known in wanted.items()]
     return [c for group in outcomes for c in group]
 
 
@@ -216,10 +218,10 @@ def _manifest(run):
 def _summary(run):
     have, state = read_json(run.summary_path), derive_state(run)
     size = have["source"]["bytes"]
-    if state in TERMINAL:
+    if state == "completed":
         size = durable.whole_lines(run.metrics_path)
     elif durable.whole_lines(run.metrics_path) < size:
-        return  # a resume has cut the log; the summary follows when the run ends
+        return  # a resume has cut the log; the summary follows when the run is complete
     if have != summarise(run, run.provenance()["run_id"], size):
         yield "metrics.json", "is not the summary of logs/metrics.jsonl"
 
@@ -314,7 +316,11 @@ def _checkpoints(run):
             except (MinsnrError, OSError) as e:
                 if folder.is_dir():
                     yield folder.relative_to(run.path).as_posix(), str(e)
-        if folders and derive_state(run) in TERMINAL and (problem := _pointer_problem(home)):
+        orderly = derive_state(run) in (
+            "completed",
+            "interrupted",
+        )  # a full disk may end it earlier
+        if folders and orderly and (problem := _pointer_problem(home)):
             yield f"ckpts/{home.name}/CURRENT.json", problem
 
 # %% ../nbs/10_run_layout.ipynb #a41947ab

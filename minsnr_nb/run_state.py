@@ -72,6 +72,8 @@ def derive_state(
     "Tell the state from the stored label and from whether its process lives"
     status = read_status(run)
     state = status["state"] if status["attempt"] >= _newest_attempt(run) else "running"
+    if state == "failed" and (status.get("exit") or {}).get("type") == "NonFiniteLoss":
+        return "diverged"
     owner = owner_of(run)
     alive = state in TERMINAL or (owner is not None and is_alive(owner))
     return state if alive else "lost"

@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'Gaussian', 'GaussianMixture', 'posterior', 'denoise', 'left_over', 'min_x0_mse', 'Empirical', 'nearness',
            'empirical_denoise', 'left_over_of_data', 'empirical_min_x0_mse', 'min_loss']
 
-# %% ../nbs/23_toy.ipynb #25367a0e
+# %% ../nbs/23_toy.ipynb #0f99ffe1
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import ConfigError
-from .diffusion import SIGMA_DATA, Prediction, at, error_ratio
+from .diffusion import SIGMA_DATA, Prediction, at, error_ratio, locate
 from .schedule import NoiseSchedule
 from .seeds import Stream
 
@@ -39,10 +39,11 @@ class Gaussian:
     def denoise(
         self,
         x_t: Tensor,  # Noised images, (B, ...)
-        t: Tensor | int,  # Timestep of each, (B,), or one for all
+        t: Tensor | int | float,  # Timestep of each, (B,), or one for all
         schedule: NoiseSchedule,  # Gives α (`signal`) and σ (`noise`)
     ) -> Tensor:  # Best guess of the images, like `x_t`
         "Compute E[x0 | x_t]"
+        schedule, t = locate(schedule, t)
         a, s = at(schedule.signal, t, x_t), at(schedule.noise, t, x_t)
         gain = a * self.std**2 / (a**2 * self.std**2 + s**2)
         return self.mean + gain * (x_t - a * self.mean)
@@ -91,10 +92,11 @@ class GaussianMixture:
 def posterior(
     source: GaussianMixture,  # K components in D = prod(shape) dimensions
     x_t: Tensor,  # Noised images, (B, *shape)
-    t: Tensor | int,  # Timestep of each, (B,), or one for all
+    t: Tensor | int | float,  # Timestep of each, (B,), or one for all
     schedule: NoiseSchedule,  # Gives α (`signal`) and σ (`noise`)
 ) -> tuple[Tensor, Tensor, Tensor]:  # Probabilities (B, K), means (B, K, D), variances (B, K)
     "Find out what a noised image says about each component"
+    schedule, t = locate(schedule, t)
     x = x_t.double().reshape(len(x_t), 1, -1)
     means, var = source.means.reshape(len(source.means), -1), source.stds**2
     a, s = (table[t].double().view(-1, 1) for table in (schedule.signal, schedule.noise))
@@ -108,7 +110,7 @@ def posterior(
 def denoise(
     self: GaussianMixture,
     x_t: Tensor,  # Noised images, (B, *shape)
-    t: Tensor | int,  # Timestep of each, (B,), or one for all
+    t: Tensor | int | float,  # Timestep of each, (B,), or one for all
     schedule: NoiseSchedule,  # Gives α (`signal`) and σ (`noise`)
 ) -> Tensor:  # Best guess of the images, like `x_t`
     "Compute E[x0 | x_t]"

@@ -1,0 +1,19 @@
+"The figures behind the promises of a run directory: `python -m tests.harness [PART …] [--short]`."
+
+from . import costs, damage, faults, power, races
+
+# name: (part, its full size, its size in pytest)
+PARTS = {
+    "kills": (faults.kills, {"n": 1000}, {"n": 15}),
+    "operations": (faults.operations, {}, {"most": 16}),
+    "until_done": (faults.until_done, {"n": 200}, {"n": 3}),
+    "power": (power.power, {"n": 20_000}, {"n": 2000}),
+    "errors": (faults.errors, {}, {"most": 30}),
+    "corruption": (damage.corruption, {"n": 500}, {"n": 3}),
+    "creations": (races.creations, {"processes": 64, "each": 20}, {"processes": 8, "each": 5}),
+    "leases": (races.leases, {"n": 1000}, {"n": 5}),
+    "loaders": (damage.loaders, {"n": 10_000}, {"n": 150}),
+    "hostile": (damage.hostile, {}, {}),
+    "costs": (costs.costs, {"n": 5000}, {"n": 500}),
+    "index": (costs.index, {"n": 10_000}, {"n": 300}),
+}

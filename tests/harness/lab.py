@@ -1,0 +1,150 @@
+"A training run small enough to be killed a thousand times, in forked copies of one process."
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from minsnr_nb import api, durable
+from minsnr_nb.config import config_sha256
+from minsnr_nb.provenance import collect
+from minsnr_nb.run_layout import Run, check_run, create_run
+
+CONFIG = {
+    "project": "harness",
+    "model": {"name": "mlp", "width": 8, "depth": 1},
+    "train": {"steps": 8, "batch_size": 8, "log_every": 1, "checkpoint_every": 2},
+    "callbacks": [{"name": "grad_norm"}, {"name": "log_events"}, {"name": "checkpoint"}],
+}
+
+
+class Figure(NamedTuple):
+    "One line of the table"
+
+    name: str
+    ok: bool
+    text: str
+    seconds: float
+
+
+class Lab:
+    "Builds everything once; each run afterwards costs a few dozen milliseconds"
+
+    def __init__(self):
+        torch.set_num_threads(1)
+        self.loaded = api.load(CONFIG)
+        self.lab = api.build(self.loaded.cfg, "cpu")
+        data = [api._identity(x) for x in (self.lab.train, self.lab.test)]
+        facts = {"data": data, "seed": 0, "threads": 1, "mode": "strict"}
+        self.stamp, self.files = collect(config_sha256=config_sha256(self.loaded.cfg), **facts)
+
+    def create(self, root) -> Run:
+        texts = {"config_text": self.loaded.composed, "resolved_text": self.loaded.resolved}
+        return create_run(root, "harness", **texts, provenance=self.stamp, files=self.files)
+
+    def train(self, run: Run) -> Run:
+        return api._train(run, self.lab, api.quiet)
+
+    def whole(self, root) -> Run:
+        return self.train(self.create(root))
+
+
+def fork(action) -> int:
+    "Start `action` in a copy of this process; its pid"
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        action()
+        code = 0
+    except BaseException as e:
+        with suppress(OSError):
+            os.write(2, f"{type(e).__name__}: {e}\n".encode())
+    finally:
+        os._exit(code)
+
+
+def status_of(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def forked(action) -> int:
+    "Run `action` in a copy of this process; its exit status"
+    return status_of(fork(action))
+
+
+def told(action) -> tuple[int, str]:
+    "Run `action` in a copy; its exit status and its last words"
+    read, write = os.pipe()
+
+    def speak():
+        os.close(read)
+        os.dup2(write, 2)
+        action()
+
+    pid = fork(speak)
+    os.close(write)
+    with open(read, "rb") as f:
+        words = f.read().decode(errors="replace").strip()
+    return status_of(pid), words
+
+
+def killed_after(action, delay: float) -> int:
+    pid = fork(action)
+    time.sleep(delay)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    return status_of(pid)
+
+
+def visible(root) -> list[Run]:
+    "Every run that a reader may meet"
+    return [Run(p) for p in Path(root).glob("*/*") if not p.name.startswith(".")]
+
+
+def invalid(run: Run, level: str = "L2") -> list:
+    return [(c.id, c.path, c.message) for c in check_run(run.path, level) if not c.ok]
+
+
+def bits(run: Run) -> str:
+    "Digest of all that must be equal: weights, average, optimiser, callbacks, log"
+    pointer = json.loads((run.ckpts_last / "CURRENT.json").read_text())
+    parts = [
+        (run.ckpts_last / pointer["dir"] / f"{n}.safetensors").read_bytes()
+        for n in ("model", "ema", "optim")
+    ]
+    parts.append((run.ckpts_last / pointer["dir"] / "state.json").read_bytes())
+    for line in run.metrics_path.read_text().splitlines():
+        event = {k: v for k, v in json.loads(line).items() if k not in ("time", "attempt")}
+        parts.append(json.dumps(event).encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+@contextmanager
+def scratch():
+    "A directory in memory where there is one: the harness measures logic, not the disk"
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    path = Path(tempfile.mkdtemp(prefix="minsnr-harness-", dir=base))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def durable_os(fake):
+    "Let `durable` talk to another `os`"
+    real, durable.os = durable.os, fake
+    try:
+        yield fake
+    finally:
+        durable.os = real

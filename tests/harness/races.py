@@ -1,0 +1,81 @@
+"Many processes that want the same thing at once."
+
+import json
+import os
+import time
+
+from minsnr_nb.config import ConfigError
+from minsnr_nb.run_layout import list_runs, start_attempt
+
+from .lab import Lab, fork, forked, invalid, scratch, status_of
+
+
+class Gate:
+    "Children wait here until the parent lets all of them go at once"
+
+    def __init__(self):
+        self.read, self.write = os.pipe()
+
+    def wait(self):
+        os.close(self.write)
+        os.read(self.read, 1)
+
+    def open(self):
+        os.close(self.write)
+        os.close(self.read)
+
+
+def creations(lab: Lab, processes: int, each: int) -> tuple[bool, str]:
+    "Runs made in the same seconds have names of their own, and every one is whole"
+    with scratch() as root:
+        gate = Gate()
+
+        def action():
+            gate.wait()
+            for _ in range(each):
+                lab.create(root)
+
+        pids = [fork(action) for _ in range(processes)]
+        start = time.perf_counter()
+        gate.open()
+        failed = sum(status_of(pid) != 0 for pid in pids)
+        took = time.perf_counter() - start
+        runs = list_runs(root)
+        bad = [p for r in runs[:: max(1, len(runs) // 100)] for p in invalid(r, "L1")]
+        names = {(r.id, r.provenance()["run_id"]) for r in runs}
+    good = not failed and not bad and len(names) == len(runs) == processes * each
+    return (
+        good,
+        f"{processes} processes x {each}: {len(names)} runs with names of their own in {took:.1f} s, {failed} failed, {len(bad)} invalid {bad[:1] or ''}",
+    )
+
+
+def leases(lab: Lab, n: int, rivals: int = 8) -> tuple[bool, str]:
+    "Of many processes that resume a run, one wins; the others are told who"
+    wrong = []
+    with scratch() as root:
+        for i in range(n):
+            run, gate = lab.create(root / str(i)), Gate()
+            forked(lambda run=run: start_attempt(run))  # an owner that is gone
+
+            def action(run=run, gate=gate):
+                gate.wait()
+                try:
+                    start_attempt(run)
+                    time.sleep(0.03)  # the winner lives on while the others ask
+                except ConfigError as e:
+                    text = str(e)
+                    os._exit(7 if "written by process" in text or "just claimed" in text else 8)
+
+            pids = [fork(action) for _ in range(rivals)]
+            gate.open()
+            codes = sorted(status_of(pid) for pid in pids)
+            if codes != [0] + [7] * (rivals - 1):
+                attempts = [
+                    json.loads(p.read_text())["attempt"] for p in sorted(run.attempts.iterdir())
+                ]
+                wrong.append((codes, attempts))
+    return (
+        not wrong,
+        f"{n} races of {rivals}, {n - len(wrong)} with exactly one winner {wrong[:1] or ''}",
+    )

@@ -1,0 +1,56 @@
+"The short form of `python -m tests.harness`, and proof that its parts can fail."
+
+import shutil
+
+import pytest
+
+from minsnr_nb import api, checkpoint, durable
+from tests.harness import PARTS, damage, faults, power
+from tests.harness.lab import Lab
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return Lab()
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_part(name, lab):
+    part, _, short = PARTS[name]
+    ok, text = part(lab, **short)
+    assert ok, text
+
+
+# --- teeth ----------------------------------------------------------------------------------------
+
+
+def test_without_fsync_power_loss_is_found(lab):
+    ok, text = power.power(lab, 2000, without="fsync")
+    assert not ok and " 0 invalid" not in text
+
+
+def test_without_the_rename_of_a_checkpoint_a_kill_is_found(lab, monkeypatch):
+    "A generation that is written in its final place, file by file"
+
+    def in_place(staging, final):
+        durable.make_dir(final)
+        for path in sorted(staging.iterdir(), reverse=True):
+            durable.create(final / path.name, path.read_bytes())
+        shutil.rmtree(staging)
+
+    monkeypatch.setattr(checkpoint, "publish", in_place)
+    ok, text = faults.operations(lab, most=60)
+    assert not ok, text
+
+
+def test_without_rewinding_the_log_a_resume_is_found(lab, monkeypatch):
+    monkeypatch.setattr(api, "rewind", lambda *_: 0)
+    ok, text = faults.operations(lab, most=60)
+    assert not ok and "not the same bits" in text, text
+
+
+def test_without_digests_damage_is_found(lab, monkeypatch):
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: "same")
+    monkeypatch.setattr(checkpoint, "damage", lambda *_: None)
+    ok, text = damage.corruption(lab, 2)
+    assert not ok and "no fallback" in text

@@ -1,0 +1,92 @@
+"Signals and requests reach a training process within one step, and change no bit of what it computes."
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from minsnr_nb.requests import ask
+from minsnr_nb.run_layout import derive_state, open_run
+from tests.runs import BIN, ROOT, SMALL, digests, environment, log_lines, minsnr, run_dir
+
+LONG = SMALL.replace("steps: 12, batch_size: 32", "steps: 300, batch_size: 32")
+LONG = LONG.replace("every: 6", "every: 150").replace(
+    "checkpoint_every: 3", "checkpoint_every: 100"
+)
+
+
+def steps(run):
+    lines = (run / "logs/metrics.jsonl").read_text().splitlines()
+    return max((json.loads(x)["step"] for x in lines if x.endswith("}")), default=0)
+
+
+def until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert condition()
+
+
+def start(config, root):
+    child = subprocess.Popen(
+        [BIN / "minsnr", "train", str(config), "--run-root", str(root)],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    run = open_run(run_dir(child.stdout.readline()))
+    until(lambda: steps(run.path) > 0)
+    return child, run
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "long.yaml"
+    path.write_text(LONG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    return run_dir(minsnr("train", config, "--run-root", tmp_path_factory.mktemp("whole")).stdout)
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "stop.json"])
+def test_stopped_with_a_checkpoint_then_resumed(way, config, whole, tmp_path):
+    child, run = start(config, tmp_path)
+    os.kill(child.pid, signal.SIGTERM) if way == "SIGTERM" else ask(run, "stop")
+    _, said = child.communicate(timeout=60)
+    status = json.loads(run.status_path.read_text())
+    assert child.returncode == (143 if way == "SIGTERM" else 1)
+    assert derive_state(run) == "interrupted" and 0 < status["step"] < 300
+    assert f"stopped at step {status['step']}" in said and len(said.strip().splitlines()) == 1
+    pointer = json.loads((run.ckpts_last / "CURRENT.json").read_text())
+    assert (
+        pointer["step"]
+        == status["step"]
+        >= json.loads(run.summary_path.read_text())["last_step"]
+        > 0
+    )
+    assert status["exit"]["signal"] == (15 if way == "SIGTERM" else None)
+    assert minsnr("check", run.path).returncode == 0
+    done = minsnr("resume", run.path)
+    assert done.returncode == 0, done.stderr
+    assert digests(run.path) == digests(whole) and log_lines(run.path) == log_lines(whole)
+
+
+def test_checkpoint_and_sample_while_training(config, whole, tmp_path):
+    child, run = start(config, tmp_path)
+    before = steps(run.path)
+    ask(run, "checkpoint")
+    ask(run, "sample", n=4)
+    until(lambda: not list(run.requests.iterdir()))
+    child.communicate(timeout=60)
+    events = [json.loads(x) for x in run.events_path.read_text().splitlines()]
+    served = {e["what"]: e["step"] for e in events if e["event"] == "request"}
+    assert set(served) == {"checkpoint", "sample"} and before <= min(served.values()) < 300
+    assert [p.name for p in run.grids.glob("request_*")] == [
+        f"request_step_{served['sample']:09d}.png"
+    ]
+    same = {k: v for k, v in digests(run.path).items() if not k.startswith("request")}
+    assert same == digests(whole) and log_lines(run.path) == log_lines(whole)
