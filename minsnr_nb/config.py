@@ -344,7 +344,7 @@ def config_sha256(cfg: Config) -> str:
 def _read(source: "Path | Mapping") -> tuple[dict, dict, str]:
     "Read one source of settings: a YAML file or a mapping"
     if isinstance(source, Mapping):
-        return OmegaConf.to_container(OmegaConf.create(dict(source))), {}, "settings"
+        return _merge({}, dict(source), "settings"), {}, "settings"
     try:
         text = Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -395,6 +395,15 @@ def _report(found: list, where: dict, source: str) -> None:
         raise ConfigError("\n".join(lines))
 
 
+def _merge(data: dict, new: dict, source: str) -> dict:
+    "Lay one source over another; `${` that never closes is found here"
+    try:
+        return OmegaConf.to_container(OmegaConf.merge(data, new))
+    except (OmegaConfBaseException, ValueError) as e:
+        key = getattr(e, "full_key", None) or "?"
+        raise ConfigError(f"{source}: {key}: {str(e).splitlines()[0]}") from None
+
+
 def load_config(
     *sources: "str | Path | Mapping",  # YAML files or mappings, later ones win key by key
     overrides: Iterable[str] = (),  # "key=value", applied last
@@ -406,7 +415,7 @@ def load_config(
         new, places, name = _read(source)
         for section in [k for k, v in new.items() if isinstance(v, Mapping) and "name" in v]:
             data.pop(section, None)
-        data = OmegaConf.to_container(OmegaConf.merge(data, new))
+        data = _merge(data, new, name)
         where |= places
     for text in overrides:
         path, value = parse_override(text)
