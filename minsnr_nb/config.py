@@ -71,8 +71,21 @@ NonNegativeInt = Annotated[int, Ge(0)]
 Strict = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 # %% ../nbs/00_config.ipynb #ec0fbc20
+MAX_BYTES, MAX_DEPTH, MAX_NODES, MAX_LINE = 1 << 20, 64, 100_000, 1 << 16
+
+
 class _Loader(yaml.SafeLoader):
-    "YAML with plain scalars only: no tags, `1e-4` a float, `on` a string"
+    "YAML with plain scalars only: no tags, `1e-4` a float, `on` a string; at most 64 levels"
+
+    level = 0
+
+    def compose_node(self, parent, index):
+        self.level += 1
+        if self.level > MAX_DEPTH:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -88,9 +101,6 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$"), list("tf"))
 
 # %% ../nbs/00_config.ipynb #572c232c
-MAX_BYTES, MAX_DEPTH, MAX_NODES, MAX_LINE = 1 << 20, 64, 100_000, 1 << 16
-
-
 def _text_problem(text: str) -> str | None:
     "What is too much about a document, judged before it is parsed"
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "replace")) > MAX_BYTES:

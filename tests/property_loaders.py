@@ -311,14 +311,18 @@ def _tuples(x):
 
 def run(
     examples: int,  # For each promise
+    only: str | None = None,  # One promise, without the budgets
 ) -> dict:  # Figures
     "Try every promise; the first that is broken raises, with the smallest input that breaks it"
     counts: Counter = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        for strategy, check in promises(Path(folder), counts).values():
+        for name, (strategy, check) in promises(Path(folder), counts).items():
+            if only not in (None, name):
+                continue
             profile = settings(max_examples=examples, deadline=None, database=None, derandomize=True, phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))  # fmt: skip
             profile(given(strategy)(check))()
-    return {"examples": examples, "slowest_refusal_ms": budgets(), **counts}
+    figures = {"examples": examples, **dict(sorted(counts.items()))}
+    return figures if only else figures | {"slowest_refusal_ms": budgets()}
 
 
 if __name__ == "__main__":
