@@ -4,7 +4,9 @@ from minsnr_nb.api import (
     LANES,
     Lab,
     build,
+    continue_run,
     eval_run,
+    fork_run,
     load,
     load_network,
     resume_run,
@@ -21,6 +23,7 @@ from minsnr_nb.events import read_events, to_frame
 from minsnr_nb.metrics import METRICS
 from minsnr_nb.minsnr_loss import WEIGHTINGS, loss_weight
 from minsnr_nb.objective import DENSITIES, Objective, make_objective, probe_loss, snr_bins
+from minsnr_nb.run_index import runs_df
 from minsnr_nb.run_layout import Run, check_run, list_runs, open_run
 from minsnr_nb.samplers import SAMPLERS, denoiser, sample
 from minsnr_nb.schedule import SCHEDULES, NoiseSchedule, zero_terminal_snr
@@ -35,9 +38,9 @@ __all__ = [
     "CALLBACKS", "Callback", "Config", "ConfigError", "DATASETS", "DENSITIES", "Evaluator", "Gaussian",
     "GaussianMixture", "ImageSet", "LANES", "Lab", "Loop", "METRICS", "MODELS", "MinsnrError",
     "NoiseSchedule", "Objective", "Run", "SAMPLERS", "SCHEDULES", "Stream", "WEIGHTINGS", "WRAPPERS",
-    "across_seeds", "add_noise", "build", "check_run", "compare", "convert", "curves", "denoiser",
-    "eps_from", "eval_run", "history", "image_grid", "list_runs", "load", "load_network", "loss_weight",
+    "across_seeds", "add_noise", "build", "check_run", "compare", "continue_run", "convert", "curves", "denoiser",
+    "eps_from", "eval_run", "fork_run", "history", "image_grid", "list_runs", "load", "load_network", "loss_weight",
     "make_objective", "open_run", "pixels", "probe_loss", "read_events", "report", "resume_run", "run_grid",
-    "run_study", "sample", "sample_run", "side_by_side", "snr_bins", "stream", "to_frame", "train",
+    "run_study", "runs_df", "sample", "sample_run", "side_by_side", "snr_bins", "stream", "to_frame", "train",
     "train_run", "v_from", "verdict", "x0_from", "zero_terminal_snr",
 ]  # fmt: skip

@@ -49,7 +49,8 @@ from .evaluate import Evaluator, report
 from .events import EventLog, lifecycle, rewind
 from .metrics import METRICS
 from .minsnr_loss import WEIGHTINGS
-from .objective import DENSITIES, Objective, make_objective
+from .density import DENSITIES, make_density
+from .objective import Objective, make_objective
 from .prediction_sets import store_samples
 from .promote import Model, find_model, promote
 from .provenance import collect, project_root, settings, source_digest
@@ -198,15 +199,21 @@ def build(
     schedule = SCHEDULES.bind(cfg.schedule.name, cfg.schedule.keywords)(cfg.schedule.timesteps)
     if cfg.schedule.zero_terminal_snr:
         schedule = zero_terminal_snr(schedule)
-    density = DENSITIES.bind(cfg.density.name, cfg.density.keywords)(cfg.schedule.timesteps)
-    objective = make_objective(
-        schedule, cfg.objective.prediction, cfg.loss.name, cfg.loss.keywords, density
+    density = make_density(cfg.density.name, schedule, cfg.density.keywords)
+    target = (
+        cfg.objective.prediction,
+        cfg.loss.name,
+        cfg.loss.keywords,
+        density,
+        cfg.objective.sigma_data,
     )
+    objective = make_objective(schedule, *target)
     evaluator = Evaluator(
         train=train_set,
         test=test_set,
         schedule=schedule,
         prediction=cfg.objective.prediction,
+        sigma_data=cfg.objective.sigma_data,
         sampler=SAMPLERS.bind(cfg.sampler.name, cfg.sampler.keywords),
         metrics={m.name: METRICS.bind(m.name, m.keywords) for m in cfg.metrics},
         cfg=cfg.eval,
@@ -231,7 +238,7 @@ def new_run(
         config_sha256=config_sha256(cfg),
         data=[_identity(images) for images in (lab.train, lab.test)],
         seed=cfg.seed,
-        threads=torch.get_num_threads(),
+        threads=settings(project_root())["threads"] or torch.get_num_threads(),
         overrides=list(loaded.overrides),
         mode="strict" if lab.device.type == "cpu" else "best_effort",
         streams=STREAMS,
@@ -457,6 +464,8 @@ def train_run(
     "Train a new run from a config"
     loaded = load(*sources, overrides=overrides)
     lab = build(loaded.cfg, device)
+    if any(c.name == "evaluate" for c in loaded.cfg.callbacks):
+        _ = lab.evaluator.anchors  # a metric that cannot be computed is a wrong request, too
     run = new_run(loaded, lab, run_root, study)
     announce(run)
     return _train(run, lab, warn)

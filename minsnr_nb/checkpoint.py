@@ -58,6 +58,7 @@ def snapshot(
         "model": state.model.state_dict(),
         "ema": state.ema.state_dict(),
         "optim": optimizer_tensors(state),
+        "density": loop.objective.density.state(),
     }
     callbacks = {type(cb).__name__: cb.state() for cb in loop.callbacks}
     rest = {"step": state.step, "best": state.best, "callbacks": callbacks}
@@ -207,12 +208,13 @@ def restore(
     "Put a checkpoint's state into a loop"
     tensors = {
         k: load_tensors((found.path / f"{k}.safetensors").read_bytes())
-        for k in ("model", "ema", "optim")
+        for k in ("model", "ema", "optim", "density")
     }
     rest, state = json_or_none(found.path / "state.json"), loop.state
     state.model.load_state_dict(tensors["model"])
     state.ema.load_state_dict(tensors["ema"])
     load_optimizer(state, tensors["optim"])
+    loop.objective.density.load(tensors["density"])
     state.step, state.best = rest["step"], rest["best"]
     for cb in loop.callbacks:
         cb.load(rest["callbacks"].get(type(cb).__name__, {}))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN_VERBS', 'ALIASES', 'VERBS', 'announce', 'train', 'resume', 'evaluate', 'sample', 'smoke', 'check', 'runs', 'ask',
-           'fork', 'go_on', 'export', 'promote', 'compare', 'repro', 'lanes', 'main']
+           'fork', 'go_on', 'export', 'promote', 'compare', 'repro', 'lanes', 'identify', 'main']
 
 # %% ../nbs/71_cli.ipynb #c886d2e8
 import argparse
@@ -290,6 +290,16 @@ def lanes(args: argparse.Namespace) -> int:
     print(_columns(LANES[names[args.lane]].table()))
     return 0
 
+# %% ../nbs/71_cli.ipynb #85874e55
+def identify(args: argparse.Namespace) -> int:
+    "Name the weighting behind a table: minsnr identify FILE --prediction v"
+    from minsnr_nb.identify import identify_file
+    from minsnr_nb.schedule import SCHEDULES
+
+    schedule = SCHEDULES.bind(args.schedule)(args.timesteps)
+    print(identify_file(args.file, schedule, args.prediction))
+    return 0
+
 # %% ../nbs/71_cli.ipynb #b8b15f05
 def _parser() -> argparse.ArgumentParser:
     "Describe the whole command line"
@@ -385,6 +395,16 @@ VERBS = (
         ],
     ),
     ("smoke", smoke, [_OVERRIDES, _ROOT]),
+    (
+        "identify",
+        identify,
+        [
+            ("file", {"help": "table of weights, one per timestep"}),
+            ("--schedule", {"default": "linear", "help": "noise schedule of the table"}),
+            ("--timesteps", {"type": int, "default": 1000}),
+            ("--prediction", {"default": "eps", "choices": ["x0", "eps", "v", "u", "F"]}),
+        ],
+    ),
     ("list", lanes, [("lane", {"nargs": "?", "help": "for example weightings"})]),
     *RUN_VERBS,
 )

@@ -216,10 +216,11 @@ class ScheduleLane(Lane):
 
 
 class ObjectiveSection(BaseModel):
-    "What the network predicts"
+    "What the network predicts; `sigma_data` is read for F and by weightings that need it"
 
     model_config = Strict
-    prediction: Literal["x0", "eps", "v"] = "x0"
+    prediction: Literal["x0", "eps", "v", "u", "F"] = "x0"
+    sigma_data: Positive = 0.5
 
 # %% ../nbs/00_config.ipynb #50dae679
 class OptimSection(BaseModel):

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['Evaluator', 'anchor_values', 'report']
 
-# %% ../nbs/62_evaluate.ipynb #caede7b9
+# %% ../nbs/62_evaluate.ipynb #f9c39294
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
 from .config import EvalSection
 from .data import ImageSet, pixels
-from .diffusion import Prediction
-from .metrics import anchors
+from .diffusion import SIGMA_DATA, Prediction
+from .metrics import anchors, keep
 from .objective import evaluating, probe_loss
 from .samplers import denoiser, sample
 from .schedule import NoiseSchedule
@@ -35,6 +35,7 @@ class Evaluator:
     metrics: dict[str, Callable]  # Entries of METRICS, bound
     cfg: EvalSection
     seed: int  # Of the run
+    sigma_data: float = SIGMA_DATA  # Standard deviation of the data, for F
     device: torch.device = torch.device("cpu")  # noqa: RUF009
 
     def draw(self, model: nn.Module, n: int, seed: int | None = None) -> Tensor:
@@ -42,7 +43,7 @@ class Evaluator:
         rng = stream(self.seed if seed is None else seed, "sample")
         schedule = self.schedule.to(self.device)
         with evaluating(model):
-            denoise = denoiser(model, schedule, self.prediction)
+            denoise = denoiser(model, schedule, self.prediction, self.sigma_data)
             size = {"batch_size": self.cfg.batch_size, "device": self.device}
             return sample(self.sampler, denoise, schedule, self.train.shape, n, rng, **size)
 
@@ -58,6 +59,7 @@ class Evaluator:
         )
         images = pixels(self.test, few).to(self.device)
         size = {"n_bins": self.cfg.probe_bins, "draws": self.cfg.probe_draws}
+        size["sigma_data"] = self.sigma_data
         return probe_loss(
             model, images, self.schedule, self.prediction, stream(self.seed, "probe"), **size
         )
@@ -67,14 +69,14 @@ def anchor_values(
     judge: Evaluator,
 ) -> dict[str, float]:
     "Score noise and held-out images by every metric"
-    rng, out = stream(judge.seed, "anchor"), {}
-    for metric in judge.metrics.values():
-        for name, values in anchors(
-            metric, judge.train, judge.test, rng, judge.cfg.samples
-        ).items():
-            out |= {
-                f"anchor/{key}/{name}": v for key, v in values.items() if not key.endswith("/se")
-            }
+    rng, n, out = stream(judge.seed, "anchor"), judge.cfg.samples, {}
+    for name, metric in judge.metrics.items():
+        made_from = (judge.train.sha256, judge.test.sha256, judge.seed, n)
+        key = ("anchors", name, repr(metric.keywords), *made_from)
+        score = partial(anchors, metric, judge.train, judge.test, rng, n)
+        for place, values in keep(key, score).items():
+            plain = {k: v for k, v in values.items() if not k.endswith("/se")}
+            out |= {f"anchor/{k}/{place}": v for k, v in plain.items()}
     return out
 
 

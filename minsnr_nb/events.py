@@ -6,7 +6,7 @@
 __all__ = ['NAME', 'KINDS', 'EventError', 'check_name', 'as_number', 'event_line', 'rewind', 'EventLog', 'read_events',
            'to_frame', 'lifecycle']
 
-# %% ../nbs/12_events.ipynb #2a5fd00a
+# %% ../nbs/12_events.ipynb #d5bfc9fb
 import hashlib
 import json
 import math
@@ -23,6 +23,8 @@ from .run_dir import RESERVED, Run
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+else:
+    DataFrame = Any
 
 # %% ../nbs/12_events.ipynb #d5fe651e
 NAME = re.compile(r"[a-z][a-z0-9_]*(/[\w@.+=-]+)+")
@@ -154,7 +156,7 @@ def read_events(
 def to_frame(
     run: Run | str | Path,  # As for `read_events`
     kind: str | None = None,  # Keep only this kind, and only the columns it has
-) -> "DataFrame":  # One row per event, indexed 0, 1, …; columns step, time, kind, attempt, names
+) -> DataFrame:  # One row per event, indexed 0, 1, …; columns step, time, kind, attempt, names
     "Read the log as a table"
     import pandas as pd
 

@@ -5,24 +5,22 @@
 # %% auto #0
 __all__ = ['FEATURES', 'STEPS', 'BATCH', 'LR', 'METRICS', 'moments', 'frechet', 'kernel_sums', 'Cloud', 'cloud', 'mmd2',
            'classifier', 'one_thread', 'train_classifier', 'keep', 'keep_tensors', 'FeatureNet', 'feature_net',
-           'of_reference', 'fd', 'kid', 'inception', 'fid', 'anchors']
+           'real_moments', 'fd', 'kid', 'inception', 'fid', 'anchors']
 
-# %% ../nbs/61_metrics.ipynb #bdc8fe0d
-import hashlib
+# %% ../nbs/61_metrics.ipynb #de8d2770
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import durable
-from .config import ConfigError
-from .data import ImageSet, cache_dir, order, pixels
+from .config import ConfigError, PositiveInt
+from .data import ImageSet, order, pixels
+from .image_files import cached
 from .registry import Registry
 from .seeds import Stream, fixed_torch, stream
 
@@ -186,15 +184,8 @@ def keep_tensors(
     make: Callable[[], dict[str, Tensor]],  # Computes it
 ) -> dict[str, Tensor]:
     "Compute named tensors once per machine"
-    path = cache_dir() / "metrics" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}"
-    path = path.with_suffix(".safetensors")
-    with suppress(OSError, SafetensorError):  # absent or damaged: compute it again
-        return load(path.read_bytes())
-    tensors = make()
-    with suppress(durable.DurableError):  # no room for a cache is no reason to stop
-        durable.make_dir(path.parent)
-        durable.replace(path, save({name: t.contiguous() for name, t in tensors.items()}))
-    return tensors
+    dump = lambda tensors: save({k: t.contiguous() for k, t in tensors.items()})  # noqa: E731
+    return cached("metrics", key, make, dump, lambda path: load(path.read_bytes()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +193,7 @@ class FeatureNet:
     "A named network that turns images into features"
 
     name: str  # Goes into the key of every result
+    key: tuple  # Determines the features
     net: Callable[[Tensor], Tensor]  # (B, C, H, W) in [-1, 1] to (B, D)
     device: torch.device | str = "cpu"  # Where it computes
 
@@ -212,6 +204,14 @@ class FeatureNet:
     ) -> Tensor:  # (N, D), on the CPU
         "Compute features of what an image file would hold"
         return torch.cat([self.net(self._as_file(part)).cpu() for part in images.split(500)])
+
+    def of(
+        self,
+        data: ImageSet,  # Where to take images from
+        index: Tensor,  # Which ones
+    ) -> Tensor:  # (N, D)
+        "Compute features of images in a data set"
+        return torch.cat([self(pixels(data, part)) for part in index.split(500)])
 
     def _as_file(self, x: Tensor) -> Tensor:
         return x.to(self.device).clamp(-1, 1).add(1).mul(127.5).round().div(127.5).sub(1)
@@ -227,22 +227,27 @@ def feature_net(
     def make() -> FeatureNet:
         at_home = data.to("cpu")
         net.load_state_dict(keep_tensors(key, lambda: train_classifier(at_home).state_dict()))
-        return FeatureNet(f"{data.name}_cnn", net.eval().requires_grad_(False)[0])
+        return FeatureNet(f"{data.name}_cnn", key, net.eval().requires_grad_(False)[0])
 
     return keep(key, make)
 
-# %% ../nbs/61_metrics.ipynb #4e140584
+# %% ../nbs/61_metrics.ipynb #2945416a
 METRICS = Registry("metric")
 
 
-def of_reference(
+def real_moments(
     see: FeatureNet,  # Features to use
-    reference: ImageSet,  # Whose features are wanted
-) -> Tensor:  # (N, D), float32
-    "Compute the features of a whole data set, once"
-    blocks = torch.arange(len(reference)).split(500)
-    make = lambda: torch.cat([see(pixels(reference, block)) for block in blocks])  # noqa: E731
-    return keep(("features", see, reference.sha256), make)
+    reference: ImageSet,  # Real images
+) -> tuple[Tensor, Tensor]:  # Mean and root of the covariance
+    "Describe the features of a whole data set, once per machine"
+    key = ("moments", *see.key, reference.sha256)
+
+    def make() -> dict[str, Tensor]:
+        mean, root = moments(see.of(reference, torch.arange(len(reference))))
+        return {"mean": mean, "root": root}
+
+    real = keep(key, lambda: keep_tensors(key, make))
+    return real["mean"], real["root"]
 
 
 @METRICS.register
@@ -252,21 +257,21 @@ def fd(
 ) -> dict[str, float]:
     "Squared Fréchet distance on the data's own feature network"
     see = feature_net(reference)
-    key = ("moments", see, reference.sha256)
-    real = keep(key, lambda: moments(of_reference(see, reference)))
-    return {f"fd@{see.name}": frechet(moments(see(samples)), real)}
+    return {f"fd@{see.name}": frechet(moments(see(samples)), real_moments(see, reference))}
 
 # %% ../nbs/61_metrics.ipynb #90feb0ea
 @METRICS.register
 def kid(
     samples: Tensor,  # (N, C, H, W), in [-1, 1]
     reference: ImageSet,  # Real images, usually the training set
+    *,
+    real_images: PositiveInt = 10_000,  # Look at so many of them at most
 ) -> dict[str, float]:
     "Unbiased kernel distance on the data's own feature network, with its standard error"
     see = feature_net(reference)
-    key = ("cloud", see, reference.sha256)
-    real = keep(key, lambda: cloud(of_reference(see, reference)))
-    value, error = mmd2(cloud(see(samples)), real)
+    index = stream(0, "kid").permutation(len(reference))[:real_images]
+    key = ("cloud", *see.key, reference.sha256, real_images)
+    value, error = mmd2(cloud(see(samples)), keep(key, lambda: cloud(see.of(reference, index))))
     return {f"kid@{see.name}": value, f"kid@{see.name}/se": error}
 
 # %% ../nbs/61_metrics.ipynb #7d86cbb0
@@ -288,7 +293,8 @@ def inception(
         as_bytes = lambda x: x.add(1).mul(127.5).round().to(torch.uint8)  # noqa: E731
         rgb = lambda x: as_bytes(x).expand(-1, 3, -1, -1)  # noqa: E731
         net = net.to(device)
-        return FeatureNet("inception", lambda x: net(rgb(x))[0], device)
+        key = ("inception", weights)
+        return FeatureNet("inception", key, lambda x: net(rgb(x))[0], device)
     raise ConfigError(f"metrics.fid: {problem.splitlines()[0]}; `fd` needs no download")
 
 
@@ -302,13 +308,7 @@ def fid(
     "The FID of papers; needs torch-fidelity's Inception weights"
     device = reference.images.device
     see = keep(("inception", weights, device), lambda: inception(weights, device))
-    names = ("mean", "root")
-
-    def make() -> dict[str, Tensor]:
-        return dict(zip(names, moments(of_reference(see, reference)), strict=True))
-
-    real = keep_tensors(("inception", 1, weights, reference.sha256), make)
-    return {"fid": frechet(moments(see(samples)), tuple(real[name] for name in names))}
+    return {"fid": frechet(moments(see(samples)), real_moments(see, reference))}
 
 # %% ../nbs/61_metrics.ipynb #16a3a3d8
 def anchors(

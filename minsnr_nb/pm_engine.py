@@ -32,7 +32,13 @@ from minsnr_nb.config import nearest
 from minsnr_nb.durable import make_dir, replace
 
 TYPES = {"float": float, "int": int, "str": str, "bool": bool}
-EXPECTED = {"ConfigError": 2, "MinsnrError": 1, "RunFailed": 1, "DurableError": 1, "CheckpointError": 1}
+EXPECTED = {
+    "ConfigError": 2,
+    "MinsnrError": 1,
+    "RunFailed": 1,
+    "DurableError": 1,
+    "CheckpointError": 1,
+}
 
 
 def checked_parameters(nb, kernel_name: str) -> dict:
@@ -47,7 +53,9 @@ def checked_parameters(nb, kernel_name: str) -> dict:
         if want is float and type(value) is int:
             given[name] = float(value)
         elif want and type(value) is not want:
-            wrong.append(f"{name}: {value!r} is not {_a(want)}; its default is {declared[name].default}")
+            wrong.append(
+                f"{name}: {value!r} is not {_a(want)}; its default is {declared[name].default}"
+            )
     if wrong:
         raise click.UsageError("; ".join(wrong))
     return given
@@ -106,7 +114,13 @@ class StudyEngine(NBClientEngine):
                          autosave_cell_every=30, **kwargs):  # fmt: skip
         if not nb.metadata.get("minsnr", {}).get("study"):
             return super().execute_notebook(
-                nb, kernel_name, output_path, progress_bar, log_output, autosave_cell_every, **kwargs
+                nb,
+                kernel_name,
+                output_path,
+                progress_bar,
+                log_output,
+                autosave_cell_every,
+                **kwargs,
             )
         parameters = checked_parameters(nb, kernel_name)
         for cell in nb.cells:

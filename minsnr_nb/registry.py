@@ -50,13 +50,16 @@ class Registry:
     def _add(self, name: str, entry: Callable) -> Callable:
         keyword_model(entry)  # an unusable signature fails here, not in a config
         old = self._entries.get(name)
-        where = lambda f: (f.__module__, f.__qualname__)  # noqa: E731
-        if old is not None and where(old) != where(entry):
+        if old is not None and not _same(old, entry):
             raise ConfigError(
                 f"{self.lane} {name!r} is already defined in {old.__module__}; choose another name"
             )
         self._entries[name] = entry
         return entry
+
+    def remove(self, name: str) -> None:
+        "Take an entry out again, for example at the end of a page that tries one"
+        del self._entries[name]
 
     def __getitem__(self, name: str) -> Callable:
         if name not in self._entries:
@@ -75,6 +78,17 @@ class Registry:
     def items(self) -> list[tuple[str, Callable]]:
         "All (name, entry) pairs, sorted"
         return [(name, self._entries[name]) for name in self]
+
+# %% ../nbs/01_registry.ipynb #25d94e81
+def _same(
+    old: Callable,  # Registered under a name
+    new: Callable,  # To be registered under it
+) -> bool:
+    "Whether one is the other, defined again"
+    if old.__qualname__ != new.__qualname__:
+        return False
+    homes = {old.__module__, new.__module__}
+    return len(homes) == 1 or ("__main__" in homes and old.__doc__ == new.__doc__)
 
 # %% ../nbs/01_registry.ipynb #ff8ec497
 def check(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Denoise', 'Spacing', 'SAMPLERS', 'denoiser', 'spaced', 'Steps', 'pairs', 'Images', 'walk', 'ddpm', 'ddim', 'sample']
 
-# %% ../nbs/60_samplers.ipynb #d5cdf9aa
+# %% ../nbs/60_samplers.ipynb #9dd9cc92
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ConfigError, Fraction, PositiveInt
-from .diffusion import Prediction, x0_from
+from .diffusion import Prediction, SIGMA_DATA, x0_from
 from .registry import Registry
 from .schedule import NoiseSchedule
 from .seeds import Stream
@@ -27,13 +27,14 @@ def denoiser(
     model: nn.Module,  # Called with x_t (B, C, H, W) and t (B,)
     schedule: NoiseSchedule,  # Converts the prediction
     prediction: Prediction,  # What the network returns
+    sigma_data: float = SIGMA_DATA,  # Standard deviation of the data, for F
 ) -> Denoise:
     "Ask a network for the image behind the noise"
 
     @torch.no_grad()
     def denoise(x_t: Tensor, t: int) -> Tensor:
         levels = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
-        return x0_from(prediction, model(x_t, levels), x_t, levels, schedule)
+        return x0_from(prediction, model(x_t, levels), x_t, levels, schedule, sigma_data)
 
     return denoise
 

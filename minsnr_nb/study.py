@@ -6,12 +6,13 @@
 __all__ = ['find_config', 'settings_of', 'Study', 'group_of', 'run_study', 'history', 'primary', 'paired_bootstrap', 'Comparison',
            'compare', 'bin_changes', 'gates', 'verdict', 'run_grid', 'across_seeds']
 
-# %% ../nbs/72_study.ipynb #adcb5654
+# %% ../nbs/72_study.ipynb #eb9917fe
 import json
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,11 +29,16 @@ from minsnr_nb.api import (
 from .config import ConfigError
 from .durable import make_dir
 from .events import read_events
-from .metrics import feature_net, frechet, moments, of_reference
+from .metrics import feature_net, frechet, moments, real_moments
 from .provenance import project_root
 from .records import read_json
 from .run_layout import Run, check_run, contract_report, derive_state, list_runs, open_run
 from .seeds import stream
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+else:
+    DataFrame = Any
 
 # %% ../nbs/72_study.ipynb #49b497a1
 def find_config(
@@ -123,7 +129,7 @@ def _group(old: dict[str, Run]) -> str | None:
 # %% ../nbs/72_study.ipynb #c4c9600e
 def history(
     study: Study,
-) -> "DataFrame":  # noqa: F821  One row per arm and evaluation
+) -> DataFrame:  # One row per arm and evaluation
     "Collect the evaluations of every arm"
     import pandas as pd
 
@@ -132,7 +138,7 @@ def history(
 
 
 def primary(
-    table: "DataFrame",  # noqa: F821  From `history`
+    table: DataFrame,  # From `history`
 ) -> str:  # Its column name
     "Name the metric that a study is decided by: the first one of its config"
     return next(c for c in table.columns if c.startswith("eval/"))
@@ -161,7 +167,7 @@ class Comparison:
     metric: str  # For example "fd@digits_cnn"
     scores: dict[str, float]  # Arm -> value
     difference: tuple[float, float, float]  # Estimate and interval
-    bins: "DataFrame"  # noqa: F821  Per log-SNR bin: relative change of the x0 error with its interval
+    bins: DataFrame  # Per log-SNR bin: relative change of the x0 error with its interval
     samples: dict[str, torch.Tensor]  # Arm -> images
     pairs: int  # Samples per arm
     images: int  # Probe images
@@ -179,7 +185,7 @@ def compare(
     features = feature_net(lab.train)
     seen, real = (
         {k: features(x) for k, x in samples.items()},
-        moments(of_reference(features, lab.train)),
+        real_moments(features, lab.train),
     )
     score = lambda k, rows: frechet(moments(seen[k][rows]), real)  # noqa: E731
     n = lab.cfg.eval.samples
@@ -202,7 +208,7 @@ def bin_changes(
     probe: Mapping,  # Of the arm, from the evaluator's `probe`
     base: Mapping,  # Of the baseline
     draws: int = 1000,  # Bootstrap replicates
-) -> "DataFrame":  # noqa: F821  log SNR, change, low, high
+) -> DataFrame:  # log SNR, change, low, high
     "Relative change of the x0 error per log-SNR bin, with paired intervals"
     import pandas as pd
 
@@ -218,7 +224,7 @@ def bin_changes(
 # %% ../nbs/72_study.ipynb #cb4f4701
 def gates(
     study: Study,
-    table: "DataFrame",  # noqa: F821  From `history`
+    table: DataFrame,  # From `history`
 ) -> list[tuple[str, bool, str]]:  # Question, answer, evidence
     "Ask whether a study may be interpreted"
     runs = list(study.runs.values())
@@ -318,7 +324,7 @@ def across_seeds(
     runs: list[Run],  # For example list_runs("runs")
     metric: str,  # Key in metrics.json, for example "eval/fd@digits_cnn"
     baseline: str = "constant",
-) -> "DataFrame":  # noqa: F821  One row per arm setting: n, mean, low, high, runs
+) -> DataFrame:  # One row per arm setting: n, mean, low, high, runs
     "Average paired differences over seeds"
     import pandas as pd
     from scipy.stats import t as student

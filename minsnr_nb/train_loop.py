@@ -117,6 +117,7 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     state.ema.update(state.model, state.step)
+    objective.observe(batch.t, mse.detach())  # a density may learn from the errors
     return StepResult(state.step, batch, weighted.detach(), mse.detach(), norm.detach(), lr)
 
 # %% ../nbs/50_train_loop.ipynb #d1d38213

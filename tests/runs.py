@@ -31,7 +31,13 @@ def environment(**more) -> dict:
 def minsnr(*words, **kwargs) -> subprocess.CompletedProcess:
     "Run the command as a user does"
     command = [BIN / "minsnr", *map(str, words)]
-    options = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": 240}
+    options = {
+        "cwd": ROOT,
+        "env": environment(),
+        "capture_output": True,
+        "text": True,
+        "timeout": 240,
+    }
     return subprocess.run(command, **options | kwargs)
 
 
@@ -62,6 +68,9 @@ def log_lines(run: Path) -> list[dict]:
 def digests(run: Path) -> dict[str, str]:
     "SHA-256 of everything that must be byte-equal in two runs of one config"
     last = json.loads((run / "ckpts/last/CURRENT.json").read_text())["dir"]
-    files = [run / f"ckpts/last/{last}/{n}" for n in ("model.safetensors", "ema.safetensors", "optim.safetensors", "state.json")]
+    files = [
+        run / f"ckpts/last/{last}/{n}"
+        for n in ("model.safetensors", "ema.safetensors", "optim.safetensors", "state.json")
+    ]
     files += sorted((run / "artifacts/grids").glob("*.png"))
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}

@@ -55,9 +55,16 @@ def test_ct01_wrong_settings_leave_nothing(override, config, tmp_path, capsys):
 def test_ct01_duplicate_key_and_missing_file(tmp_path, capsys):
     twice = tmp_path / "twice.yaml"
     twice.write_text("seed: 1\nseed: 2\n")
-    for path, part in ((twice, "twice.yaml:2: seed: key given twice"), (tmp_path / "no.yaml", "No such file")):
+    for path, part in (
+        (twice, "twice.yaml:2: seed: key given twice"),
+        (tmp_path / "no.yaml", "No such file"),
+    ):
         done = typed(capsys, "train", path, "--run-root", tmp_path / "runs")
-        assert done.returncode == 2 and part in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        assert (
+            done.returncode == 2
+            and part in done.stderr
+            and len(done.stderr.strip().splitlines()) == 1
+        )
     assert not (tmp_path / "runs").exists()
 
 
@@ -92,7 +99,11 @@ def test_ct03_provenance(finished):
     assert all(about["env"][k] for k in ("python", "platform", "torch"))
     for line in (finished / "logs/metrics.jsonl").read_text().splitlines():
         event = json.loads(line)
-        assert isinstance(event["step"], int) and event["step"] >= 0 and isinstance(event["time"], float)
+        assert (
+            isinstance(event["step"], int)
+            and event["step"] >= 0
+            and isinstance(event["time"], float)
+        )
 
 
 def test_ct04_same_config_same_bits(config, finished, tmp_path):
@@ -104,7 +115,10 @@ def test_ct05_resume_equals_uninterrupted(config, finished, tmp_path):
     "A run whose process ended after step 3 goes on from ckpts/last and ends in the same bits"
     run = run_dir(minsnr("train", config, "--run-root", tmp_path).stdout)
     lines = (run / "logs/metrics.jsonl").read_text().splitlines(keepends=True)
-    manifests = {p: json.loads((p / "MANIFEST.json").read_text()) for p in (run / "ckpts/last").glob("step_*")}
+    manifests = {
+        p: json.loads((p / "MANIFEST.json").read_text())
+        for p in (run / "ckpts/last").glob("step_*")
+    }
     earlier = min(manifests, key=lambda p: manifests[p]["step"])
     assert manifests[earlier]["step"] < 12
     shutil.rmtree(max(manifests, key=lambda p: manifests[p]["step"]))
@@ -138,7 +152,16 @@ def test_both_contracts_hold_and_notice_damage(finished, tmp_path, capsys):
 
 def test_nonfinite_loss_fails_the_run_and_names_the_images(config, tmp_path, capsys):
     "A learning rate that no network survives"
-    done = typed(capsys, "train", config, "optim.lr=1e30", "optim.warmup_steps=0", "train.steps=50", "--run-root", tmp_path)
+    done = typed(
+        capsys,
+        "train",
+        config,
+        "optim.lr=1e30",
+        "optim.warmup_steps=0",
+        "train.steps=50",
+        "--run-root",
+        tmp_path,
+    )
     run = run_dir(done.stdout)
     assert done.returncode == 1 and "loss is" in done.stderr
     status = json.loads((run / "meta/status.json").read_text())
@@ -148,4 +171,6 @@ def test_nonfinite_loss_fails_the_run_and_names_the_images(config, tmp_path, cap
     assert event["images"] and all(0 <= i < 1797 for i in event["images"])
     for line in (run / "logs/metrics.jsonl").read_text().splitlines():
         values = json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
-        assert all(v is None or not isinstance(v, float) or math.isfinite(v) for v in values.values())
+        assert all(
+            v is None or not isinstance(v, float) or math.isfinite(v) for v in values.values()
+        )

@@ -13,16 +13,8 @@ import torch
 from PIL import Image
 
 from minsnr_nb.config import ConfigError
-from minsnr_nb.data import (
-    DATASETS,
-    ImageSet,
-    cache_dir,
-    cached_array,
-    find,
-    held_out,
-    order,
-    read_image,
-)
+from minsnr_nb.data import DATASETS, ImageSet, find, order
+from minsnr_nb.image_files import cache_dir, cached, held_out, npy_parts, read_image
 from minsnr_nb.seeds import stream
 
 RNG = np.random.default_rng(0)
@@ -178,7 +170,7 @@ def test_a_relative_path_means_the_callers_directory_first(tmp_path, monkeypatch
 
 
 def test_a_changed_image_is_decoded_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("minsnr_nb.data.CACHE_FROM", 1)
+    monkeypatch.setattr("minsnr_nb.image_files.CACHE_FROM", 1)
     folder = tmp_path / "mine"
     zipfile.ZipFile(make_zip(tmp_path / "z.zip", PLAIN)).extractall(folder)
     first = load(folder)
@@ -191,10 +183,10 @@ def test_a_changed_image_is_decoded_again(tmp_path, monkeypatch):
 
 
 def test_a_cache_that_is_a_file_does_not_stop_a_run(monkeypatch, tmp_path):
-    monkeypatch.setattr("minsnr_nb.data.CACHE_FROM", 1)
+    monkeypatch.setattr("minsnr_nb.image_files.CACHE_FROM", 1)
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("MINSNR_CACHE", str(tmp_path / "taken"))
-    assert cached_array("k", lambda: np.ones(3, np.uint8)).sum() == 3
+    assert cached("images", "k", lambda: np.ones(3, np.uint8), npy_parts, np.load).sum() == 3
 
 
 # Downloads ----------------------------------------------------------------------------------------

@@ -9,14 +9,21 @@ import time
 
 from tests.runs import BIN, ROOT, SMALL, digests, environment, log_lines, minsnr, run_dir
 
-LONGER = SMALL.replace("steps: 12, batch_size: 32", "steps: 400, batch_size: 32").replace("checkpoint_every: 3", "checkpoint_every: 7")
+LONGER = SMALL.replace("steps: 12, batch_size: 32", "steps: 400, batch_size: 32").replace(
+    "checkpoint_every: 3", "checkpoint_every: 7"
+)
 LONGER = LONGER.replace("every: 6", "every: 100")
 
 
 def killed(words, wait_for, delay):
     "Start a command, wait until it has trained a little, then kill it"
     child = subprocess.Popen(
-        [BIN / "minsnr", *map(str, words)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [BIN / "minsnr", *map(str, words)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     line = child.stdout.readline()
     run = run_dir(line)
@@ -39,8 +46,15 @@ def test_two_kills_change_no_bit(tmp_path):
     config.write_text(LONGER)
     whole = run_dir(minsnr("train", config, "--run-root", tmp_path / "a").stdout)
     chance = random.Random(0)
-    run = killed(["train", config, "--run-root", tmp_path / "b"], lambda r: step_of(r) >= 50, chance.uniform(0, 0.05))
-    assert 50 <= step_of(run) < 400 and json.loads((run / "meta/status.json").read_text())["state"] == "running"
+    run = killed(
+        ["train", config, "--run-root", tmp_path / "b"],
+        lambda r: step_of(r) >= 50,
+        chance.uniform(0, 0.05),
+    )
+    assert (
+        50 <= step_of(run) < 400
+        and json.loads((run / "meta/status.json").read_text())["state"] == "running"
+    )
     listed = json.loads(minsnr("runs", "--json", "--run-root", tmp_path / "b").stdout)
     assert [row["state"] for row in listed] == ["lost"]
     before = step_of(run)

@@ -8,7 +8,8 @@ import torch
 
 from minsnr_nb import metrics
 from minsnr_nb.config import ConfigError
-from minsnr_nb.data import cache_dir, pixels, shapes
+from minsnr_nb.data import pixels, shapes
+from minsnr_nb.image_files import cache_dir
 from minsnr_nb.metrics import METRICS, anchors, cloud, feature_net, frechet, mmd2, moments
 from minsnr_nb.seeds import stream
 

@@ -9,7 +9,17 @@ import pytest
 
 from tests.runs import ROOT, minsnr
 
-LIGHT = ["", "config", "registry", "durable", "records", "run_layout", "provenance", "events", "cli"]
+LIGHT = [
+    "",
+    "config",
+    "registry",
+    "durable",
+    "records",
+    "run_layout",
+    "provenance",
+    "events",
+    "cli",
+]
 
 
 def test_star_import_brings_only_our_public_names():
@@ -18,7 +28,9 @@ def test_star_import_brings_only_our_public_names():
     names: dict = {}
     exec("from minsnr_nb.all import *", names)
     names.pop("__builtins__")
-    assert sorted(names) == sorted(everything.__all__) and not [n for n in names if n.startswith("_")]
+    assert sorted(names) == sorted(everything.__all__) and not [
+        n for n in names if n.startswith("_")
+    ]
     for name, value in names.items():
         home = getattr(value, "__module__", None) or type(value).__module__
         assert home.startswith("minsnr_nb") or name == "LANES", f"{name} comes from {home}"
@@ -42,7 +54,9 @@ def test_list_prints_the_table_of_the_lane():
 def test_schema_file_is_current():
     from minsnr_nb.api import config_schema
 
-    assert json.loads((ROOT / "configs/schema.json").read_text()) == json.loads(json.dumps(config_schema()))
+    assert json.loads((ROOT / "configs/schema.json").read_text()) == json.loads(
+        json.dumps(config_schema())
+    )
 
 
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "cifar" not in p.name)
@@ -60,10 +74,26 @@ def test_shipped_configs_are_valid_and_buildable(path: Path):
 
 def test_every_config_key_has_a_reader():
     "A key that nothing reads is a defect: each field of each section occurs in the package's code"
-    from minsnr_nb.config import Config, EvalSection, ObjectiveSection, OptimSection, ScheduleLane, TrainSection
+    from minsnr_nb.config import (
+        Config,
+        EvalSection,
+        ObjectiveSection,
+        OptimSection,
+        ScheduleLane,
+        TrainSection,
+    )
 
-    code = "".join(p.read_text() for p in (ROOT / "minsnr_nb").glob("*.py") if p.name not in ("config.py", "_modidx.py"))
-    sections = {"": Config, "eval": EvalSection, "objective": ObjectiveSection, "optim": OptimSection}
+    code = "".join(
+        p.read_text()
+        for p in (ROOT / "minsnr_nb").glob("*.py")
+        if p.name not in ("config.py", "_modidx.py")
+    )
+    sections = {
+        "": Config,
+        "eval": EvalSection,
+        "objective": ObjectiveSection,
+        "optim": OptimSection,
+    }
     sections |= {"schedule": ScheduleLane, "train": TrainSection}
     for section, model in sections.items():
         for key in model.model_fields:

@@ -19,8 +19,16 @@ def config(tmp_path_factory):
 
 def papermill(notebook, out, *words, **kwargs):
     "Execute a notebook as a user does"
-    command = [BIN / "papermill", ROOT / f"nbs/{notebook}.ipynb", out, "--no-progress-bar", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, **kwargs)
+    command = [
+        BIN / "papermill",
+        ROOT / f"nbs/{notebook}.ipynb",
+        out,
+        "--no-progress-bar",
+        *map(str, words),
+    ]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, **kwargs
+    )
 
 
 def runs_in(root):
@@ -31,7 +39,19 @@ def runs_in(root):
 def executed(config, tmp_path_factory):
     "One execution of E02 that several tests look at"
     home = tmp_path_factory.mktemp("e02")
-    done = papermill("study_e02", home / "out.ipynb", "-p", "gamma", "5", "-p", "config", config, "-p", "run_root", home / "runs")
+    done = papermill(
+        "study_e02",
+        home / "out.ipynb",
+        "-p",
+        "gamma",
+        "5",
+        "-p",
+        "config",
+        config,
+        "-p",
+        "run_root",
+        home / "runs",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return home
 
@@ -52,15 +72,25 @@ def test_e02_provenance_is_a_command_that_can_be_typed_again(executed):
     about = json.loads((runs_in(executed / "runs")[0] / "meta/provenance.json").read_text())
     assert about["command"]["entrypoint"] == "papermill"
     argv = about["command"]["argv"]
-    assert argv[0] == "papermill" and argv[1].endswith("study_e02.ipynb") and argv[argv.index("gamma") + 1] == "5.0"
+    assert (
+        argv[0] == "papermill"
+        and argv[1].endswith("study_e02.ipynb")
+        and argv[argv.index("gamma") + 1] == "5.0"
+    )
 
 
 def test_e02_page_has_pictures_and_a_verdict(executed):
     cells = json.loads((executed / "out.ipynb").read_text())["cells"]
     outputs = [o for c in cells for o in c.get("outputs", [])]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 5
-    assert any("n = 1 seed" in t or "Inconclusive" in t for o in outputs for t in ["".join(o.get("data", {}).get("text/markdown", ""))])
-    assert not [o for o in outputs if o["output_type"] == "stream"], "no bars or warnings in the page"
+    assert any(
+        "n = 1 seed" in t or "Inconclusive" in t
+        for o in outputs
+        for t in ["".join(o.get("data", {}).get("text/markdown", ""))]
+    )
+    assert not [o for o in outputs if o["output_type"] == "stream"], (
+        "no bars or warnings in the page"
+    )
 
 
 def test_e02_resume_reuses_complete_arms(executed, config):
@@ -69,11 +99,22 @@ def test_e02_resume_reuses_complete_arms(executed, config):
     words = ["-p", "gamma", "5", "-p", "config", config, "-p", "resume", one]
     done = papermill("study_e02", executed / "again.ipynb", *words)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {r: (r / "logs/metrics.jsonl").read_bytes() for r in runs_in(executed / "runs")} == before
+    assert {
+        r: (r / "logs/metrics.jsonl").read_bytes() for r in runs_in(executed / "runs")
+    } == before
 
 
 def test_e01_runs(config, tmp_path):
-    done = papermill("study_e01", tmp_path / "out.ipynb", "-p", "config", config, "-p", "run_root", tmp_path / "runs")
+    done = papermill(
+        "study_e01",
+        tmp_path / "out.ipynb",
+        "-p",
+        "config",
+        config,
+        "-p",
+        "run_root",
+        tmp_path / "runs",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = runs_in(tmp_path / "runs")
     assert minsnr("check", run).returncode == 0
@@ -88,7 +129,9 @@ def test_e01_runs(config, tmp_path):
     ],
 )
 def test_wrong_parameters_write_nothing(wrong, part, tmp_path):
-    done = papermill("study_e02", tmp_path / "out.ipynb", "-p", *wrong, "-p", "run_root", tmp_path / "runs")
+    done = papermill(
+        "study_e02", tmp_path / "out.ipynb", "-p", *wrong, "-p", "run_root", tmp_path / "runs"
+    )
     assert done.returncode == 2 and part in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -96,13 +139,15 @@ def test_wrong_parameters_write_nothing(wrong, part, tmp_path):
 @pytest.mark.parametrize(
     "wrong, part",
     [
-        (("gamma", "-1"), "loss.gamma"),
+        (("gamma", "-1"), "gamma: input should be greater than 0"),
         (("prediction", "epsilon"), "objective.prediction"),
         (("config", "nowhere.yaml"), "no file 'nowhere.yaml'"),
     ],
 )
 def test_wrong_values_leave_no_run(wrong, part, tmp_path):
-    done = papermill("study_e02", tmp_path / "out.ipynb", "-p", *wrong, "-p", "run_root", tmp_path / "runs")
+    done = papermill(
+        "study_e02", tmp_path / "out.ipynb", "-p", *wrong, "-p", "run_root", tmp_path / "runs"
+    )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and last.startswith("Error: ") and part in last, done.stderr[-1500:]
     assert not (tmp_path / "runs").exists()

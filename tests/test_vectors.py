@@ -101,7 +101,10 @@ def test_row(name, row):
     on = {p: scale * loss_weight(entry, snr, prediction=p, **keywords) for p in ("x0", "eps", "v")}
     for prediction, weight in on.items():
         close(weight[t], want[f"w_{prediction}"])
-    close(on["x0"][t] / (1 + snr[t].sqrt()) ** 2, want["w_flow_u"])
+    close(scale * loss_weight(entry, snr, prediction="u", **keywords)[t], want["w_flow_u"])
+    unit = {"sigma_data": keywords.get("sigma_data", 0.5)}
+    on_f = scale * loss_weight(entry, snr, prediction="F", **{**keywords, **unit})
+    close(on_f[t] * (snr[t] + unit["sigma_data"] ** -2), want["w_x0"])
     for prediction in ("eps", "v"):
         finite = on[prediction][on[prediction].isfinite()]
         mean = want[f"mean_over_t_of_w_{prediction}(finite)"]

@@ -11,6 +11,7 @@ arm once, in rotating order; a ratio is taken within a round, and its median and
 
 import argparse
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -176,7 +177,9 @@ def show(row: dict) -> None:
     )
     print("  images/s   " + "   ".join(f"{k} {v}" for k, v in row["images_per_s"].items()))
     for key, r in row["ratio"].items():
-        print(f"  {key:24} {median(r):5.2f}  [{min(r):.2f} .. {max(r):.2f}]  n = {len(r)}")
+        print(
+            f"  {key:24} {median(r):5.2f}  [{min(r):.2f} .. {max(r):.2f}]  n = {len(r)}", flush=True
+        )
 
 
 def main() -> None:
@@ -205,8 +208,9 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
         "clock": args.clock,
         "rounds": args.rounds,
+        "load": round(os.getloadavg()[0], 1),  # of other processes, if this one has just started
     }
-    print("   ".join(f"{k} {v}" for k, v in about.items()))
+    print("   ".join(f"{k} {v}" for k, v in about.items()), flush=True)
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     rows = []
     for name in args.sizes.split(","):
