@@ -213,7 +213,9 @@ def is_pickle(
     seen = set()
     try:
         for op, arg, at in pickletools.genops(data):
-            if op.name == "GLOBAL" and not re.fullmatch(r"[A-Za-z_][\w.]* [A-Za-z_][\w.]*", arg):
+            if op.name in ("GLOBAL", "INST") and not re.fullmatch(
+                r"[A-Za-z_][\w.]* [A-Za-z_][\w.]*", arg
+            ):
                 return False
             seen.add(op.name)
             if op.name == "STOP":

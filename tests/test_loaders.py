@@ -17,17 +17,15 @@ def test_properties():
 
 
 def test_a_loader_that_lets_an_error_through_is_found(monkeypatch):
-    import json
-
-    monkeypatch.setattr("minsnr_nb.records.from_json", lambda text: json.loads(text)["step"])
-    with pytest.raises((KeyError, TypeError)):
+    monkeypatch.setattr("minsnr_nb.records.from_json", lambda text: {}[text])
+    with pytest.raises(KeyError):
         property_loaders.run(100, "log")
 
 
 def test_a_header_that_overlaps_is_found(monkeypatch):
     monkeypatch.setattr("minsnr_nb.guard._placed", lambda tensors, body: None)
-    with pytest.raises(Exception, match="SafetensorError|Header|header|Offset|offset"):
-        property_loaders.run(300, "tensors")
+    with pytest.raises(Exception, match="deserializing"):
+        property_loaders.run(200, "tensors")
 
 
 def test_a_writer_of_yaml_1_1_is_found(monkeypatch):
@@ -38,7 +36,7 @@ def test_a_writer_of_yaml_1_1_is_found(monkeypatch):
         property_loaders.run(200, "round trip")
 
 
-def test_a_guess_by_difflib_is_found(monkeypatch):
-    monkeypatch.setattr("minsnr_nb.config._slips", lambda a, b: 9)
+def test_a_wrong_suggestion_is_found(monkeypatch):
+    monkeypatch.setattr("minsnr_nb.config._slips", lambda a, b: len(b) % 3)
     with pytest.raises(AssertionError, match="unknown key"):
         property_loaders.run(100, "typo")
