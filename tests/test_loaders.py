@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests import property_loaders
+from tests import hostile, property_loaders
+from tests.harness.lab import Lab
 
 
 def test_properties():
@@ -11,6 +12,17 @@ def test_properties():
     for loader in ("config", "mapping", "log", "tensors"):  # both ways were tried
         assert figures[f"{loader} accepted"] and figures[f"{loader} refused"]
     assert figures["typos"] > 50
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    return Lab().whole(tmp_path_factory.mktemp("runs")).path
+
+
+def test_hostile_files(healthy):
+    figures = hostile.run(healthy)
+    assert figures["passed"] == [] and figures["canary"], figures
+    assert figures["happened"] == [] and figures["opened"] == [] and figures["tried"] >= 130
 
 
 # --- teeth ----------------------------------------------------------------------------------------
@@ -40,3 +52,28 @@ def test_a_wrong_suggestion_is_found(monkeypatch):
     monkeypatch.setattr("minsnr_nb.config._slips", lambda a, b: len(b) % 3)
     with pytest.raises(AssertionError, match="unknown key"):
         property_loaders.run(100, "typo")
+
+
+def test_missing_guards_are_found(healthy):
+    weaker = """
+import minsnr_nb.api as a, minsnr_nb.checkpoint as c, minsnr_nb.run_layout as r
+a.tensor_bytes = lambda path: path.read_bytes()
+c.inside = r.inside = lambda root, name, source="": root / name
+"""
+    passed = " ".join(hostile.run(healthy, weaker)["passed"])
+    for what in ("tensors: name twice", "manifest names '../", "lock far away"):
+        assert what in passed, passed
+
+
+def test_a_pickle_that_is_opened_is_found(healthy):
+    weaken = """
+import pickle, minsnr_nb.run_layout as r
+def careless(path):
+    try:
+        pickle.loads(path.read_bytes())
+    except Exception:
+        pass
+r.pickle_problem = careless
+"""
+    figures = hostile.run(healthy, weaken)
+    assert not figures["canary"] and any("pickle.find_class" in x for x in figures["happened"])
