@@ -247,6 +247,15 @@ BROKEN = {
     "big file": ("hygiene", add("table.csv", b"1,2\n" * 300_000), "at most"),
     "uv.lock": ("hygiene", add("uv.lock", "version = 1\n"), "made locally"),
     "a run": ("hygiene", add("runs/p/2026-01-01_00-00-00_abcdefg/metrics.json", "{}"), "stays on"),
+    "a run elsewhere": ("hygiene", add("x/r/meta/provenance.json", "{}"), "part of a run"),
+    "a checkpoint elsewhere": ("hygiene", add("x/ckpts/last/CURRENT.json", "{}"), "part of a run"),
+    "a model": ("hygiene", add("models/a/1/card.json", "{}"), "stay out of git"),
+    "an environment": ("hygiene", add("nbs/.env", "TOKEN=1"), "secrets"),
+    "a big output": (
+        "hygiene",
+        edit(lambda nb: first_code(nb).update(outputs=[{"text": ["x" * 200_000]}])),
+        "stored outputs",
+    ),
     "address in the lock": (
         "hygiene",
         add("requirements.lock", "-i https://example.org\n"),
