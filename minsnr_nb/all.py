@@ -20,6 +20,7 @@ from minsnr_nb.diffusion import add_noise, convert, eps_from, v_from, x0_from
 from minsnr_nb.ema import WRAPPERS
 from minsnr_nb.evaluate import Evaluator, report
 from minsnr_nb.events import read_events, to_frame
+from minsnr_nb.explorer import explore
 from minsnr_nb.metrics import METRICS
 from minsnr_nb.minsnr_loss import WEIGHTINGS, loss_weight
 from minsnr_nb.objective import DENSITIES, Objective, make_objective, probe_loss, snr_bins
@@ -32,14 +33,15 @@ from minsnr_nb.show import curves, image_grid, side_by_side
 from minsnr_nb.study import across_seeds, compare, history, run_grid, run_study, verdict
 from minsnr_nb.toy import Gaussian, GaussianMixture
 from minsnr_nb.train_loop import Callback, Loop, train
+from minsnr_nb.uncertainty import UNCERTAINTIES
 from minsnr_nb.unet import MODELS
 
 __all__ = [
     "CALLBACKS", "Callback", "Config", "ConfigError", "DATASETS", "DENSITIES", "Evaluator", "Gaussian",
     "GaussianMixture", "ImageSet", "LANES", "Lab", "Loop", "METRICS", "MODELS", "MinsnrError",
-    "NoiseSchedule", "Objective", "Run", "SAMPLERS", "SCHEDULES", "Stream", "WEIGHTINGS", "WRAPPERS",
+    "NoiseSchedule", "Objective", "Run", "SAMPLERS", "SCHEDULES", "Stream", "UNCERTAINTIES", "WEIGHTINGS", "WRAPPERS",
     "across_seeds", "add_noise", "build", "check_run", "compare", "continue_run", "convert", "curves", "denoiser",
-    "eps_from", "eval_run", "fork_run", "history", "image_grid", "list_runs", "load", "load_network", "loss_weight",
+    "eps_from", "eval_run", "explore", "fork_run", "history", "image_grid", "list_runs", "load", "load_network", "loss_weight",
     "make_objective", "open_run", "pixels", "probe_loss", "read_events", "report", "resume_run", "run_grid",
     "run_study", "runs_df", "sample", "sample_run", "side_by_side", "snr_bins", "stream", "to_frame", "train",
     "train_run", "v_from", "verdict", "x0_from", "zero_terminal_snr",

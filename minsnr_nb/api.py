@@ -8,7 +8,7 @@ __all__ = ['LANES', 'STREAMS', 'load', 'config_schema', 'images', 'pick_device',
            'config_of', 'resume_run', 'read_tensors', 'fill', 'load_network', 'eval_run', 'dump_as_mapping',
            'sample_run', 'fork_run', 'continue_run', 'promote_run', 'sample_model']
 
-# %% ../nbs/70_api.ipynb #3319675b
+# %% ../nbs/70_api.ipynb #751398fd
 import json
 import os
 import re
@@ -85,6 +85,7 @@ from minsnr_nb.train_loop import (
     make_optimizer,
     train,
 )
+from .uncertainty import UNCERTAINTIES
 from .unet import MODELS
 
 # %% ../nbs/70_api.ipynb #96b1cd34
@@ -93,6 +94,7 @@ LANES = {
     "schedule": SCHEDULES,
     "loss": WEIGHTINGS,
     "density": DENSITIES,
+    "uncertainty": UNCERTAINTIES,
     "model": MODELS,
     "ema": WRAPPERS,
     "sampler": SAMPLERS,
@@ -210,6 +212,7 @@ def build(
         cfg.loss.keywords,
         density,
         cfg.objective.sigma_data,
+        UNCERTAINTIES.bind(cfg.uncertainty.name, cfg.uncertainty.keywords)(schedule),
     )
     objective = make_objective(schedule, *target)
     evaluator = Evaluator(
@@ -531,6 +534,8 @@ def resume_run(
                 f"{run.path}: cannot be resumed with another config: {'; '.join(different)}"
             )
     announce(run)
+    if not run.notebook.exists():  # killed before its study could keep the notebook
+        tell_papermill(run)
     if derive_state(run) != "completed":
         return _train(run, build(cfg, device), warn, allow)
     if not is_sealed(run):

@@ -63,6 +63,8 @@ def snapshot(
         "optim": optimizer_tensors(state),
         "density": loop.objective.density.state(),
     }
+    if loop.objective.uncertainty is not None:
+        tensors["uncertainty"] = loop.objective.uncertainty.state_dict()
     callbacks = {type(cb).__name__: cb.state() for cb in loop.callbacks}
     rest = {"step": state.step, "best": state.best, "callbacks": callbacks}
     files = {f"{k}.safetensors": dump_tensors(portable(v)) for k, v in tensors.items()}
@@ -225,15 +227,16 @@ def restore(
 
 
 def _restore(loop: Loop, found: Found) -> None:
-    tensors = {
-        k: load_tensors(tensor_bytes(found.path / f"{k}.safetensors"))
-        for k in ("model", "ema", "optim", "density")
-    }
+    learned = loop.objective.uncertainty
+    names = ("model", "ema", "optim", "density", *(("uncertainty",) if learned is not None else ()))
+    tensors = {k: load_tensors(tensor_bytes(found.path / f"{k}.safetensors")) for k in names}
     rest, state = json_or_none(found.path / "state.json"), loop.state
     state.model.load_state_dict(tensors["model"])
     state.ema.load_state_dict(tensors["ema"])
     load_optimizer(state, tensors["optim"])
     loop.objective.density.load(tensors["density"])
+    if learned is not None:
+        learned.load_state_dict(tensors["uncertainty"])
     state.step, state.best = rest["step"], rest["best"]
     for cb in loop.callbacks:
         cb.load(rest["callbacks"].get(type(cb).__name__, {}))

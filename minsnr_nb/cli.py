@@ -269,6 +269,7 @@ ALIASES = {
     "weightings": "loss",
     "weighting": "loss",
     "densities": "density",
+    "uncertainties": "uncertainty",
     "datasets": "data",
     "wrappers": "ema",
 }

@@ -274,6 +274,7 @@ class Config(BaseModel):
     objective: ObjectiveSection = ObjectiveSection()
     loss: Lane = Lane(name="constant")
     density: Lane = Lane(name="uniform")
+    uncertainty: Lane = Lane(name="none")
     model: Lane = Lane(name="mlp")
     ema: Lane = Lane(name="ema")
     optim: OptimSection = OptimSection()
@@ -544,6 +545,12 @@ def _report(found: list, where: dict, source: str) -> None:
         raise ConfigError("\n".join(lines))
 
 
+def _merge(data: dict, new: dict, source: str) -> dict:
+    "Lay one source over another; `${` that never closes is found here"
+    with _told(source):
+        return OmegaConf.to_container(OmegaConf.merge(data, new))
+
+
 def load_config(
     *sources: "str | Path | Mapping",  # YAML files or mappings, later ones win key by key
     overrides: Iterable[str] = (),  # "key=value", applied last
@@ -555,8 +562,7 @@ def load_config(
         new, places, name = _read(source)
         for section in [k for k, v in new.items() if isinstance(v, Mapping) and "name" in v]:
             data.pop(section, None)
-        with _told(name):
-            data = OmegaConf.to_container(OmegaConf.merge(data, new))
+        data = _merge(data, new, name)
         where |= places
     for text in overrides:
         path, value = parse_override(text)

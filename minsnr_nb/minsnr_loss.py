@@ -9,7 +9,7 @@ __all__ = ['WEIGHTINGS', 'PROBES', 'min_snr', 'limit', 'split_sigma_data', 'loss
            'with_density', 'drawn_from', 'log_normal_density', 'uniform_logsnr', 'laplace', 'logit_normal',
            'edm_lognormal', 'cosmap']
 
-# %% ../nbs/30_minsnr_loss.ipynb #c1600d7f
+# %% ../nbs/30_minsnr_loss.ipynb #aba10bbe
 import inspect
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .config import ConfigError, NonNegative, Positive
-from .diffusion import PREDICTIONS, SIGMA_DATA, Prediction, error_ratio
+from .diffusion import SIGMA_DATA, Prediction, error_ratio
 from .registry import Registry
 
 # %% ../nbs/30_minsnr_loss.ipynb #1e76532d

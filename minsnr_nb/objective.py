@@ -32,6 +32,7 @@ class Objective:
     weight: Tensor  # Factor on the prediction's MSE, (T,), float32, finite
     density: Density  # How often each level is drawn
     sigma_data: float = SIGMA_DATA  # Standard deviation of the data, for F
+    uncertainty: nn.Module | None = None  # Learned curve u(t), from `UNCERTAINTIES`; absent: 0
 
     def loss(
         self,
@@ -47,22 +48,31 @@ class Objective:
         weight = self.weight[t]
         if self.density.factor is not None:
             weight = weight * self.density.factor.to(weight)[t]
-        return weight * mse, mse
+        if self.uncertainty is None:
+            return weight * mse, mse
+        u = self.uncertainty(t)
+        return weight * mse * (-u).exp() + u, mse
 
     def observe(
         self,
         t: Tensor,  # Timesteps just trained on, (B,), int64
         mse: Tensor,  # Plain MSE of each, the second result of `loss`, (B,)
     ) -> None:
-        "Show a step's losses to the density; only one that learns looks at them"
+        "Show a step's losses to what learns from them: a density, a learned weight"
+        weighted = self.weight[t] * mse.detach()
         if self.density.state():
-            self.density.observe(t, self.weight[t] * mse.detach())
+            learned = 1 if self.uncertainty is None else (-self.uncertainty(t)).exp()
+            self.density.observe(t, weighted * learned)
+        if self.uncertainty is not None:
+            self.uncertainty.observe(t, weighted)
 
     def to(
         self,
         device: torch.device | str,  # Where training happens
     ) -> "Objective":  # The same objective, its tables on that device
         "Move the tables to a device"
+        if self.uncertainty is not None:
+            self.uncertainty.to(device)
         return replace(self, schedule=self.schedule.to(device), weight=self.weight.to(device))
 
 # %% ../nbs/31_objective.ipynb #ed7caca7
@@ -102,6 +112,7 @@ def make_objective(
     weighting_kw: dict | None = None,  # Its keywords, for example {"gamma": 5.0}
     density: Density | None = None,  # How often each level is drawn; uniform by default
     sigma_data: float = SIGMA_DATA,  # Standard deviation of the data, for F
+    uncertainty: nn.Module | None = None,  # Learned weights, from `UNCERTAINTIES`
 ) -> Objective:
     "Put target, weighting and density together"
     keywords = dict(weighting_kw or {})
@@ -126,7 +137,13 @@ def make_objective(
     if len(density.probs) != schedule.timesteps:
         raise ConfigError(f"density: {len(density.probs)} levels, schedule: {schedule.timesteps}")
     refuse_double_counting(weighting, weighting_kw or {}, weight, density)
-    return Objective(schedule, prediction, weight, density, sigma_data)
+    if uncertainty is not None and (weight == 0).any():
+        t = int((weight == 0).nonzero()[0])
+        raise ConfigError(
+            f"loss.name: weighting {weighting!r} on the {prediction} loss is 0 at t = {t}, where a "
+            "learned weight would divide by it; allowed: a weighting that is > 0, or uncertainty.name none"
+        )
+    return Objective(schedule, prediction, weight, density, sigma_data, uncertainty)
 
 # %% ../nbs/31_objective.ipynb #281f309d
 def effective_weighting(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WATCHED', 'settings_of', 'read_row', 'refresh', 'condition', 'run_rows', 'runs_df']
 
-# %% ../nbs/17_run_index.ipynb #17cbcc13
+# %% ../nbs/17_run_index.ipynb #eea7d6dc
 import json
 import operator
 import os
@@ -27,6 +27,8 @@ from .run_state import derive_state, read_status
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+else:
+    DataFrame = Any
 
 # %% ../nbs/17_run_index.ipynb #230249d7
 _SECTION = re.compile(r"^(?=[A-Za-z_]\w*:)", re.M)
@@ -225,7 +227,7 @@ def runs_df(
     columns: tuple[str, ...] | list[str] = (),  # More columns: config keys, names of metrics
     where: tuple[str, ...] | list[str] = (),  # Conditions, all of which must hold
     sort: str | None = None,  # A column; "-" before it for the largest first
-) -> "DataFrame":  # One row per run
+) -> DataFrame:  # One row per run
     "List runs as a table"
     import pandas as pd
 

@@ -54,3 +54,13 @@ def test_without_digests_damage_is_found(lab, monkeypatch):
     monkeypatch.setattr(checkpoint, "damage", lambda *_: None)
     ok, text = damage.corruption(lab, 2)
     assert not ok and "no fallback" in text
+
+
+@pytest.mark.parametrize("text", ["project: ${", "seed: ${a", "project: a${b"])
+def test_a_reference_that_never_closes_is_one_clear_error(text, tmp_path):
+    from minsnr_nb.config import ConfigError, read_yaml
+
+    (tmp_path / "c.yaml").write_text(text)
+    for source in (tmp_path / "c.yaml", read_yaml(text)[0]):
+        with pytest.raises(ConfigError):
+            api.load(source)

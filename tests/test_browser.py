@@ -1,0 +1,120 @@
+"The explorer in a real browser: JupyterLab on this machine, Debian's chromium without a screen"
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minsnr_nb.explorer import objective_of, settings, summary, view
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason="no chromium here (Debian: apt-get install chromium chromium-driver)",
+)
+CELL = "from minsnr_nb.explorer import explore\n\nexplore()"
+IDLE = """const lab = window.jupyterapp, panel = lab && lab.shell.currentWidget;
+const kernel = panel && panel.sessionContext && panel.sessionContext.session;
+return Boolean(kernel && kernel.kernel && kernel.kernel.status === 'idle');"""
+WIDGET = "//div[contains(@class, 'widget-inline-hbox')][label[text()='{}']]"
+
+
+def until(condition, seconds: float = 30):
+    "Ask until the answer is true"
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    "JupyterLab on a copy of a small notebook; the address of that notebook"
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    home, cell = (
+        tmp_path / "home",
+        {"cell_type": "code", "id": "one", "metadata": {}, "outputs": []},
+    )
+    kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    notebook = {"cells": [cell | {"source": CELL, "execution_count": None}], "metadata": kernel}
+    (tmp_path / "nbs").mkdir()
+    text = json.dumps(notebook | {"nbformat": 4, "nbformat_minor": 5})
+    (tmp_path / "nbs/look.ipynb").write_text(text)
+    here = {f"JUPYTER_{k}_DIR": str(home / k) for k in ("CONFIG", "RUNTIME")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port=0"]
+    command += ["--ip=127.0.0.1", "--expose-app-in-browser", "--IdentityProvider.token=look"]
+    command += [f"--ServerApp.root_dir={tmp_path / 'nbs'}", "--LabApp.news_url=None"]
+    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with open(tmp_path / "lab.log", "wb") as log:
+        options = {"stdout": log, "stderr": log, "start_new_session": True}
+        server = subprocess.Popen(command, env=os.environ | here, cwd=tmp_path, **options)
+    try:
+        (about,) = until(lambda: list((home / "RUNTIME").glob("jpserver-*.json")))
+        port = until(lambda: re.search(r'"port": (\d+)', about.read_text()))[1]
+        yield f"http://127.0.0.1:{port}/lab/tree/look.ipynb?token=look"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(20)
+
+
+@pytest.fixture
+def browser(tmp_path, monkeypatch):
+    "Chromium without a screen and without a past"
+    monkeypatch.setenv("SE_OFFLINE", "true")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for word in (
+        "headless=new",
+        "no-sandbox",
+        "no-proxy-server",
+        "disable-dev-shm-usage",
+        "disable-background-networking",
+        "window-size=1300,1000",
+        f"user-data-dir={tmp_path / 'chromium'}",
+    ):
+        options.add_argument(f"--{word}")
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def test_gamma_is_dragged(lab, browser):
+    "The slider moves the curves, the numbers are those of the dragged γ, and a refusal says why"
+    browser.get(lab)
+    until(lambda: browser.execute_script(IDLE))
+    browser.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    image = until(lambda: browser.find_elements("css selector", "img.widget-image"))[0]
+    gamma = browser.find_element("xpath", WIDGET.format("gamma"))
+    readout = gamma.find_element("css selector", ".widget-readout")
+    text = browser.find_element("css selector", ".widget-html-content")
+    until(lambda: image.size["height"] > 300)
+    assert readout.text == "5.00" and "31 % of the loss, 20 % of the gradient noise" in text.text
+    before = image.screenshot_as_png
+
+    handle = gamma.find_element("css selector", ".noUi-handle")
+    action = webdriver.ActionChains(browser, 20).click_and_hold(handle)
+    for _ in range(5):
+        action = action.move_by_offset(-8, 0)
+    action.release().perform()
+    dragged = float(until(lambda: readout.text != "5.00" and readout.text))
+    assert 0.05 < dragged < 4
+    expected = summary(
+        view(objective_of(settings(weighting={"name": "min_snr", "gamma": dragged})))
+    )
+    until(lambda: text.text == expected)
+    assert image.screenshot_as_png != before
+    if place := os.environ.get("MINSNR_SCREENSHOT"):
+        Path(place).write_bytes(browser.get_screenshot_as_png())
+
+    browser.find_element("xpath", "//label[contains(., 'zero_terminal_snr')]/input").click()
+    until(lambda: "refused: objective.prediction: 'eps' can not be used" in text.text)
+    assert not image.is_displayed()
