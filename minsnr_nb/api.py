@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['LANES', 'STREAMS', 'load', 'config_schema', 'images', 'pick_device', 'Lab', 'build', 'new_run', 'tell_papermill',
            'Heartbeat', 'RunFailed', 'recorded', 'threads', 'make_loop', 'quiet', 'train_run', 'config_differences',
-           'config_of', 'resume_run', 'read_tensors', 'load_network', 'eval_run', 'dump_as_mapping', 'sample_run',
-           'fork_run', 'continue_run', 'promote_run', 'sample_model']
+           'config_of', 'resume_run', 'read_tensors', 'fill', 'load_network', 'eval_run', 'dump_as_mapping',
+           'sample_run', 'fork_run', 'continue_run', 'promote_run', 'sample_model']
 
-# %% ../nbs/70_api.ipynb #6f7d126a
+# %% ../nbs/70_api.ipynb #751398fd
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import nn
 
 from .callbacks import CALLBACKS
 from minsnr_nb.checkpoint import (
+    CheckpointError,
     environment,
     find_checkpoint,
     json_or_none,
@@ -47,6 +49,7 @@ from .durable import Appender, sha256
 from .ema import WRAPPERS
 from .evaluate import Evaluator, report
 from .events import EventLog, lifecycle, rewind
+from .guard import tensor_bytes, tensor_header
 from .metrics import METRICS
 from .minsnr_loss import WEIGHTINGS
 from .density import DENSITIES, make_density
@@ -54,6 +57,7 @@ from .objective import Objective, make_objective
 from .prediction_sets import store_samples
 from .promote import Model, find_model, promote
 from .provenance import collect, project_root, settings, source_digest
+from .records import inside
 from .registry import load_plugins
 from .requests import Requests, Stopped, catching
 from minsnr_nb.run_layout import (
@@ -544,9 +548,22 @@ def read_tensors(
 ) -> dict[str, torch.Tensor]:
     "Read weights, or say in one line that they are damaged"
     try:
-        return load_tensors(Path(path).read_bytes())
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError) as e:
+        return load_tensors(tensor_bytes(path))
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as e:
         raise MinsnrError(f"{path}: cannot be read as weights: {str(e).splitlines()[0]}") from None
+
+
+def fill(
+    network: nn.Module,  # Changed in place
+    path: str | Path,  # A .safetensors file
+) -> nn.Module:  # The network, to be used and not trained
+    "Load weights into a network that they were made for"
+    try:
+        network.load_state_dict(read_tensors(path))
+    except RuntimeError as e:
+        said = " ".join(str(e).split())[:200]
+        raise MinsnrError(f"{path}: are not the weights of this network: {said}") from None
+    return network.eval().requires_grad_(False)
 
 # %% ../nbs/70_api.ipynb #24a9216f
 def load_network(
@@ -556,12 +573,10 @@ def load_network(
 ) -> tuple[nn.Module, Lab]:
     "Load a run's averaged network with everything its config names"
     lab = build(config_of(run), device)
-    path = run.checkpoints_dir / f"{weights}.safetensors"
+    path = inside(run.path, f"artifacts/checkpoints/{weights}.safetensors")
     if not path.is_file():
         raise ConfigError(f"{path}: not there; the run has not saved {weights!r} weights yet")
-    model = lab.state().model.eval()
-    model.load_state_dict(read_tensors(path))
-    return model.requires_grad_(False), lab
+    return fill(lab.state().model, path), lab
 
 
 def eval_run(
@@ -590,8 +605,11 @@ def eval_run(
 
 def _weights_step(run: Run, weights: str) -> int:
     "Step at which portable weights were saved"
-    with safe_open(run.checkpoints_dir / f"{weights}.safetensors", "pt") as f:
-        return int(f.metadata()["step"])
+    path = run.checkpoints_dir / f"{weights}.safetensors"
+    step = tensor_header(tensor_bytes(path), path).metadata.get("step", "")
+    if not re.fullmatch("[0-9]{1,12}", step):
+        raise MinsnrError(f"{path}: does not say at which step it was saved")
+    return int(step)
 
 
 def dump_as_mapping(cfg: Config) -> dict:
@@ -658,11 +676,8 @@ def _child(parent: Run, lab: Lab, reason: str) -> tuple[Loop, dict]:
     loop = make_loop(lab)
     try:
         restore(loop, found)
-    except (RuntimeError, KeyError, ValueError) as e:
-        text = str(e).splitlines()[0]
-        raise ConfigError(
-            f"{parent.path}: its checkpoint does not fit this config: {text}"
-        ) from None
+    except CheckpointError as e:
+        raise ConfigError(str(e)) from None
     loop.state.best = None  # the parent's best is not among the child's files
     step = loop.state.step
     if loop.done:
@@ -713,8 +728,7 @@ def sample_model(
     lab = build(load(model.path / "config.resolved.yaml", overrides=overrides).cfg, device)
     if lab.train.shape != shape:
         raise ConfigError(f"{address}: needs data of {shape}; data.name gives {lab.train.shape}")
-    network = lab.state().model.eval().requires_grad_(False)
-    network.load_state_dict(read_tensors(model.path / "model.safetensors"))
+    network = fill(lab.state().model, model.path / "model.safetensors")
     images = lab.evaluator.draw(network, n, seed=seed)
     name = f"{model.card['name']}-{model.card['version']}_seed{seed}_n{n}.png"
     return save_png(tile(images, ncols=max(1, round(n**0.5))), Path(out) / name)

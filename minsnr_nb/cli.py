@@ -410,7 +410,17 @@ VERBS = (
     *RUN_VERBS,
 )
 
-# %% ../nbs/71_cli.ipynb #faf3ebca
+# %% ../nbs/71_cli.ipynb #18ef7590
+def _take_env() -> None:
+    "Take variables from the checkout's .env"
+    from minsnr_nb.provenance import project_root
+
+    if (path := project_root() / ".env").is_file():
+        from minsnr_nb.guard import load_env
+
+        load_env(path)
+
+
 def main(
     argv: list[str] | None = None,  # Words after `minsnr`
 ) -> int:  # Exit code: 0 done, 1 failed, 2 wrong request
@@ -422,6 +432,7 @@ def main(
     elif args.verb == "eval":
         args.config = None
     try:
+        _take_env()
         return args.run_verb(args)
     except MinsnrError as e:
         if args.debug:

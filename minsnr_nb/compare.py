@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['leaves', 'config_diff', 'series', 'compare_page']
 
-# %% ../nbs/18_compare.ipynb #33d91fb2
+# %% ../nbs/18_compare.ipynb #222c6b28
 import base64
 import html
 import json
@@ -17,7 +17,7 @@ from typing import Any
 from . import durable
 from .config import ConfigError
 from .events import read_events
-from .records import read_json
+from .records import read_json, read_plain
 from .run_dir import RESERVED, Run, open_run
 from .run_state import derive_state, read_status
 from .show import figure, png
@@ -98,13 +98,19 @@ def _table(rows: Iterable[Iterable], head: Iterable) -> str:
     body = "".join(f"<tr>{''.join(f'<td>{cell(x)}</td>' for x in row)}</tr>" for row in rows)
     return f"<table><tr>{top}</tr>{body}</table>"
 
-# %% ../nbs/18_compare.ipynb #5e1ae050
+# %% ../nbs/18_compare.ipynb #76d920b0
+def _picture(path: Path) -> bytes | None:
+    "The content of a PNG file that is one, and is in the run itself"
+    data = b"" if path.is_symlink() else read_plain(path)
+    return data if data.startswith(b"\x89PNG\r\n\x1a\n") else None
+
+
 def _grids(runs: list[Run], most: int = 6) -> list[list]:
     "Rows of pictures that several runs drew at one step, the latest first"
     found = [{p.stem: p for p in r.grids.glob("step_*.png")} for r in runs]
     names = sorted({n for f in found for n in f}, reverse=True)[:most]
     return [
-        [int(n[5:]), *(f[n].read_bytes() if n in f else None for f in found)]
+        [int(n[5:]), *(_picture(f[n]) if n in f else None for f in found)]
         for n in names
         if n[5:].isdigit()
     ]

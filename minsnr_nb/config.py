@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Fraction', 'PositiveInt', 'NonNegativeInt', 'Strict', 'MAX_BYTES', 'MAX_DEPTH',
-           'MAX_NODES', 'MinsnrError', 'ConfigError', 'nearest', 'read_yaml', 'Lane', 'ScheduleLane',
+           'MAX_NODES', 'MAX_LINE', 'MinsnrError', 'ConfigError', 'nearest', 'read_yaml', 'Lane', 'ScheduleLane',
            'ObjectiveSection', 'OptimSection', 'TrainSection', 'EvalSection', 'Config', 'frozen', 'problems',
            'cross_problems', 'parse_override', 'Loaded', 'dump', 'config_sha256', 'load_config']
 
-# %% ../nbs/00_config.ipynb #13e7664c
+# %% ../nbs/00_config.ipynb #5540f491
 import difflib
 import hashlib
 import re
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Iterable, Literal, Mapping
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -33,14 +34,30 @@ class ConfigError(MinsnrError):
 
     exit_code = 2
 
+# %% ../nbs/00_config.ipynb #12519112
+def _slips(a: str, b: str) -> int:
+    "Count the slips between two words"
+    if abs(len(a) - len(b)) > 2:
+        return 3
+    before, row = [], list(range(len(b) + 1))
+    for i, x in enumerate(a):
+        before, above, row = row, before, [i + 1]
+        for j, y in enumerate(b):
+            row.append(min(before[j + 1] + 1, row[j] + 1, before[j] + (x != y)))
+            if i and j and x == b[j - 1] and y == a[i - 1]:
+                row[-1] = min(row[-1], above[j - 1] + 1)
+    return row[-1]
+
 # %% ../nbs/00_config.ipynb #97923502
 def nearest(
     name: str,  # What was written
     known: Iterable[str],  # What exists
 ) -> str:  # Ready to append to a message
     "Name the likeliest candidate and list the others"
-    known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    known, name = sorted(known), str(name)[:64]
+    slips = min(((_slips(name, k), k) for k in known), default=(3, ""))
+    close = [slips[1]] if slips[0] <= min(2, len(name) - 1) else []
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return (
         f"; did you mean {close[0]!r}?" if close else ";"
     ) + f" Known: {', '.join(known) or 'none'}"
@@ -54,8 +71,21 @@ NonNegativeInt = Annotated[int, Ge(0)]
 Strict = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 # %% ../nbs/00_config.ipynb #ec0fbc20
+MAX_BYTES, MAX_DEPTH, MAX_NODES, MAX_LINE = 1 << 20, 64, 100_000, 1 << 16
+
+
 class _Loader(yaml.SafeLoader):
-    "YAML with plain scalars only: no tags, `1e-4` a float, `on` a string"
+    "YAML with plain scalars only: no tags, `1e-4` a float, `on` a string; at most 64 levels"
+
+    level = 0
+
+    def compose_node(self, parent, index):
+        self.level += 1
+        if self.level > MAX_DEPTH:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -70,42 +100,77 @@ _Loader.add_implicit_resolver(
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$"), list("tf"))
 
-# %% ../nbs/00_config.ipynb #511777f9
-MAX_BYTES, MAX_DEPTH, MAX_NODES = 1 << 20, 64, 100_000
+# %% ../nbs/00_config.ipynb #572c232c
+def _text_problem(text: str) -> str | None:
+    "What is too much about a document, judged before it is parsed"
+    if len(text) > MAX_BYTES or len(text.encode("utf-8", "replace")) > MAX_BYTES:
+        return f"larger than {MAX_BYTES} bytes"
+    if sum(map(text.count, ("\n", ",", "[", "{", ":", "- -", "? "))) > MAX_NODES:
+        return f"more than {MAX_NODES} values"
+    if max(map(len, text.split("\n"))) > MAX_LINE:
+        return f"a line longer than {MAX_LINE} characters"
+    return None
+
+# %% ../nbs/00_config.ipynb #8d913492
+def _weigh(node, known: dict, level: int = 0) -> tuple[int, int]:
+    "Number of values and of levels below a YAML node, each shared node counted once"
+    if level > MAX_DEPTH:
+        raise RecursionError
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1, 0  # what a node that contains itself finds
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            inner = [v for _, v in inner]
+        parts = [_weigh(n, known, level + 1) for n in inner]
+        known[id(node)] = 1 + sum(n for n, _ in parts), 1 + max((d for _, d in parts), default=0)
+    return known[id(node)]
+
+# %% ../nbs/00_config.ipynb #08b141f5
 _TAGS = {"map", "seq", "null", "bool", "int", "float", "str"}
+_UNSEEN = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
+)
 
 
-def _tree(node, path: tuple, where: dict, source: str, left: list) -> Any:
+def _scalar(node) -> Any:
+    "The plain value of a YAML scalar"
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind not in _TAGS:
+        raise ValueError(f"tag {node.tag!r} is not allowed; plain values only")
+    if kind in ("int", "float") and (len(node.value) > 64 or ":" in node.value):
+        raise ValueError("not a number that can be read; at most 64 digits, none to the base 60")
+    if kind == "str" and _UNSEEN.search(node.value):
+        raise ValueError(f"holds a character that cannot be seen: {ascii(node.value)[:60]}")
+    return _Loader("").construct_object(node)
+
+
+def _tree(node, path: tuple, where: dict, source: str) -> Any:
     "Build plain values from a YAML node, noting the line of every key"
-    left[0] -= 1
-    at = f"{source}:{node.start_mark.line + 1}"
-    if left[0] < 0 or len(path) > MAX_DEPTH:
-        raise ConfigError(f"{at}: more than {MAX_NODES} values or {MAX_DEPTH} levels")
-    where[path] = at
-    if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
-        raise ConfigError(
-            f"{at}: {'.'.join(map(str, path))}: tag {node.tag!r} is not allowed; plain values only"
-        )
-    if isinstance(node, yaml.MappingNode):
-        return _mapping(node, path, where, source, left)
-    if isinstance(node, yaml.SequenceNode):
-        return [_tree(n, (*path, i), where, source, left) for i, n in enumerate(node.value)]
+    where[path] = at = f"{source}:{node.start_mark.line + 1}"
     try:
-        return _Loader("").construct_object(node)
+        if isinstance(node, yaml.ScalarNode):
+            return _scalar(node)
+        if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+            raise ValueError(f"tag {node.tag!r} is not allowed; plain values only")
     except ValueError as e:
         raise ConfigError(f"{at}: {'.'.join(map(str, path))}: {e}") from None
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node, path, where, source)
+    return [_tree(n, (*path, i), where, source) for i, n in enumerate(node.value)]
 
 
-def _mapping(node, path: tuple, where: dict, source: str, left: list) -> dict:
+def _mapping(node, path: tuple, where: dict, source: str) -> dict:
     "Build a dictionary from a YAML mapping, refusing a key given twice"
     out = {}
     for k, v in node.value:
         key, at = k.value, f"{source}:{k.start_mark.line + 1}"
         if not isinstance(k, yaml.ScalarNode) or k.tag.endswith((":merge", ":null")):
             raise ConfigError(f"{at}: keys are plain words")
+        if not key.isprintable() or len(key) > 256:
+            raise ConfigError(f"{at}: {ascii(key)[:60]}: keys are plain words")
         if key in out:
             raise ConfigError(f"{at}: {'.'.join(map(str, (*path, key)))}: key given twice")
-        out[key] = _tree(v, (*path, key), where, source, left)
+        out[key] = _tree(v, (*path, key), where, source)
     return out
 
 # %% ../nbs/00_config.ipynb #8471054e
@@ -114,14 +179,14 @@ def read_yaml(
     source: str = "<text>",  # Its name in messages
 ) -> tuple[Any, dict]:  # Plain values, and {key path: "file:line"}
     "Read one YAML document strictly"
-    if len(text.encode()) > MAX_BYTES:
-        raise ConfigError(f"{source}: larger than {MAX_BYTES} bytes")
-    if sum(map(text.count, "\n,[{")) > MAX_NODES:  # told before the slow reader begins
-        raise ConfigError(f"{source}: more than {MAX_NODES} values")
+    if problem := _text_problem(text):
+        raise ConfigError(f"{source}: {problem}")
     where: dict = {}
     try:
         node = yaml.compose(text, Loader=_Loader)
-        return (_tree(node, (), where, source, [MAX_NODES]) if node else {}), where
+        if node and _weigh(node, {})[0] > MAX_NODES:
+            raise ConfigError(f"{source}: more than {MAX_NODES} values")
+        return (_tree(node, (), where, source) if node else {}), where
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -237,6 +302,12 @@ def _known(model: type[BaseModel], path: tuple) -> list[str]:
             model = field.annotation
     return list(model.model_fields)
 
+# %% ../nbs/00_config.ipynb #a280abf3
+def _shown(value: Any) -> str:
+    "A value as a message shows it, in at most 80 characters"
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
 # %% ../nbs/00_config.ipynb #5f0e19ec
 def problems(
     model: type[BaseModel],  # The schema
@@ -259,7 +330,7 @@ def problems(
         elif kind == "missing":
             msg = "this key is needed"
         else:
-            msg = f"{msg[0].lower()}{msg[1:]}, not {given!r}"
+            msg = f"{msg[0].lower()}{msg[1:]}, not {_shown(given)}"
         out.append(((*prefix, *loc), msg))
     return out
 
@@ -282,9 +353,11 @@ def parse_override(
 ) -> tuple[tuple, Any]:  # Key path and plain value
     "Read one `key=value`"
     key, eq, value = text.partition("=")
-    path = tuple(int(p) if p.isdigit() else p for p in key.strip().split("."))
-    if not eq or not all(str(p) for p in path):
-        raise ConfigError(f"{text!r}: overrides are written key=value, for example train.steps=100")
+    path = tuple(int(p) if re.fullmatch("[0-9]{1,6}", p) else p for p in key.strip().split("."))
+    if not eq or not all(str(p) for p in path) or not key.isprintable() or len(path) > MAX_DEPTH:
+        raise ConfigError(
+            f"{text[:80]!r}: overrides are written key=value, for example train.steps=100"
+        )
     return path, read_yaml(value, f"{key.strip()}=")[0] if value.strip() else None
 
 
@@ -305,16 +378,55 @@ def _put(data: Any, path: tuple, value: Any, source: str) -> None:
             f"{source}: {'.'.join(map(str, path))}: no such place in the list"
         ) from None
 
+# %% ../nbs/00_config.ipynb #dd261266
+@contextmanager
+def _told(source: str):
+    "Turn what OmegaConf says into one line of ours"
+    try:
+        yield
+    except (OmegaConfBaseException, RecursionError) as e:
+        key = getattr(e, "full_key", None) or "?"
+        said = (str(e).splitlines() or ["nested too deep"])[0]
+        raise ConfigError(f"{source}: {ascii(key)[1:-1]}: {ascii(said)[1:-1][:200]}") from None
+
+# %% ../nbs/00_config.ipynb #2541df8c
+_REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+
+
+def _size(value: Any, root: Any, above: tuple, known: dict) -> int:
+    "Characters of a value once its references are resolved"
+    if isinstance(value, (dict, list)):
+        inner = value.values() if isinstance(value, dict) else value
+        return 1 + sum(_size(v, root, above, known) for v in inner)
+    total = len(str(value))
+    for name in _REFERENCE.findall(value) if isinstance(value, str) else ():
+        if name in above or len(above) > MAX_DEPTH:
+            raise ConfigError(f"${{{name}}}: leads back to itself, or through more than 64 others")
+        if name not in known:
+            known[name] = _size(_at(root, name), root, (*above, name), known)
+        total += known[name]
+    return total
+
+
+def _at(value: Any, name: str) -> Any:
+    "What a dotted key names; None when there is nothing, which OmegaConf then says"
+    for part in re.findall(r"[^.\[\]]+", name):
+        try:
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+    return value
+
 # %% ../nbs/00_config.ipynb #02e07e64
 def _resolve(data: dict, source: str) -> dict:
     "Replace every `${key}` by the value it names"
-    if re.search(r"\$\{[^}]*:", yaml.safe_dump(data)):
+    left = _REFERENCE.sub(lambda m: "" if re.fullmatch(r"\w[\w.\[\]-]*", m[1]) else m[0], str(data))
+    if "${" in left:
         raise ConfigError(f"{source}: only ${{section.key}} references are allowed, no resolvers")
-    try:
+    with _told(source):
+        if _size(data, data, (), {}) > MAX_BYTES:
+            raise ConfigError(f"{source}: references make it larger than {MAX_BYTES} characters")
         return OmegaConf.to_container(OmegaConf.create(data), resolve=True)
-    except OmegaConfBaseException as e:
-        key = getattr(e, "full_key", None) or "?"
-        raise ConfigError(f"{source}: {key}: {str(e).splitlines()[0]}") from None
 
 # %% ../nbs/00_config.ipynb #f1dda6b7
 class Loaded(BaseModel):
@@ -330,21 +442,59 @@ class Loaded(BaseModel):
         "The YAML of what will run, without references"
         return dump(self.cfg)
 
+# %% ../nbs/00_config.ipynb #898e2e91
+class _Dumper(yaml.SafeDumper):
+    "YAML that `read_yaml` reads back"
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + rules
+    for first, rules in {
+        **dict.fromkeys(yaml.SafeDumper.yaml_implicit_resolvers, []),
+        **_Loader.yaml_implicit_resolvers,
+    }.items()
+}
+
+
+def _written(data: Any) -> str:
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
 # %% ../nbs/00_config.ipynb #cf5d7159
 def dump(cfg: Config) -> str:
     "Write a config as YAML, in the order of the schema"
-    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return _written(cfg.model_dump(mode="json"))
 
 
 def config_sha256(cfg: Config) -> str:
     "Identify a config by its resolved YAML"
     return hashlib.sha256(dump(cfg).encode()).hexdigest()
 
+# %% ../nbs/00_config.ipynb #1e195929
+def _plain(value: Any, path: tuple) -> Any:
+    "Copy settings that came as Python values; what YAML could not hold is refused"
+    at = f"settings: {'.'.join(map(str, path))}"
+    if len(path) > MAX_DEPTH:
+        raise ConfigError(f"settings: {path[0]}: more than {MAX_DEPTH} levels")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not (isinstance(key, str) and key.isprintable() and 0 < len(key) <= 256):
+                raise ConfigError(f"{at}: {ascii(key)[:60]}: keys are plain words")
+        return {k: _plain(v, (*path, k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple, ListConfig)):
+        return [_plain(v, (*path, i)) for i, v in enumerate(value)]
+    if not (value is None or type(value) in (bool, int, float, str)):
+        raise ConfigError(f"{at}: a plain value is needed, not {type(value).__name__}")
+    if isinstance(value, str) and _UNSEEN.search(value):
+        raise ConfigError(f"{at}: holds a character that cannot be seen: {ascii(value)[:60]}")
+    if type(value) is int and value.bit_length() > 200:
+        raise ConfigError(f"{at}: an integer of {value.bit_length()} bits")
+    return value
+
 # %% ../nbs/00_config.ipynb #2fb18ef5
 def _read(source: "Path | Mapping") -> tuple[dict, dict, str]:
     "Read one source of settings: a YAML file or a mapping"
     if isinstance(source, Mapping):
-        return _merge({}, dict(source), "settings"), {}, "settings"
+        return _plain(source, ()), {}, "settings"
     try:
         text = Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -397,11 +547,8 @@ def _report(found: list, where: dict, source: str) -> None:
 
 def _merge(data: dict, new: dict, source: str) -> dict:
     "Lay one source over another; `${` that never closes is found here"
-    try:
+    with _told(source):
         return OmegaConf.to_container(OmegaConf.merge(data, new))
-    except (OmegaConfBaseException, ValueError) as e:
-        key = getattr(e, "full_key", None) or "?"
-        raise ConfigError(f"{source}: {key}: {str(e).splitlines()[0]}") from None
 
 
 def load_config(
@@ -422,7 +569,7 @@ def load_config(
         _put(data, path, value, f"{'.'.join(map(str, path))}=")
         where[path] = "override"
         log.append({"key": ".".join(map(str, path)), "value": value, "source": "override"})
-    composed = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    composed = _written(data)
     plain = frozen(_resolve(data, name))
     found = problems(Config, plain)
     filled, bad = _check_lanes(plain, lanes)

@@ -7,7 +7,7 @@ __all__ = ['FEATURES', 'STEPS', 'BATCH', 'LR', 'METRICS', 'moments', 'frechet', 
            'classifier', 'one_thread', 'train_classifier', 'keep', 'keep_tensors', 'FeatureNet', 'feature_net',
            'real_moments', 'fd', 'kid', 'inception', 'fid', 'anchors']
 
-# %% ../nbs/61_metrics.ipynb #de8d2770
+# %% ../nbs/61_metrics.ipynb #6e22b326
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .config import ConfigError, PositiveInt
 from .data import ImageSet, order, pixels
+from .guard import tensor_bytes
 from .image_files import cached
 from .registry import Registry
 from .seeds import Stream, fixed_torch, stream
@@ -185,7 +186,7 @@ def keep_tensors(
 ) -> dict[str, Tensor]:
     "Compute named tensors once per machine"
     dump = lambda tensors: save({k: t.contiguous() for k, t in tensors.items()})  # noqa: E731
-    return cached("metrics", key, make, dump, lambda path: load(path.read_bytes()))
+    return cached("metrics", key, make, dump, lambda path: load(tensor_bytes(path)))
 
 
 @dataclass(frozen=True, eq=False)

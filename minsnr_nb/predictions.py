@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_FRAMES', 'MAX_SET', 'CONTRACT_VERSION', 'frame_bytes', 'read_frame', 'intrinsics', 'set_name', 'save_predictions']
 
-# %% ../nbs/15_predictions.ipynb #ae71c747
+# %% ../nbs/15_predictions.ipynb #8b485111
 import io
 import re
 import zipfile
@@ -18,10 +18,11 @@ import numpy as np
 
 from . import durable
 from .config import ConfigError, MinsnrError
+from .guard import npz_problem
 from .provenance import SCHEME
-from .records import read_json, to_json, utc_now
+from .records import inside, read_json, read_plain, to_json, utc_now
 from .run_dir import Run
-from .run_layout import check, pickle_problem
+from .run_layout import check
 
 # %% ../nbs/15_predictions.ipynb #3e554692
 MAX_FRAMES, MAX_SET = 64, 32 << 20  # images and bytes of one set
@@ -48,13 +49,11 @@ def read_frame(
     "Unpack one image"
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as z:
-            size = sum(m.file_size for m in z.infolist())
-        if size > MAX_SET:
-            raise MinsnrError(f"{path}: {size} bytes inside; at most {MAX_SET}")
-        if problem := pickle_problem(path):
+        data = io.BytesIO(read_plain(path, MAX_SET))
+        if problem := npz_problem(data, MAX_SET):
             raise MinsnrError(f"{path}: {problem}")
-        with np.load(path, allow_pickle=False) as arrays:
+        data.seek(0)
+        with np.load(data, allow_pickle=False) as arrays:
             return arrays["image"]
     except _UNREADABLE as e:
         raise MinsnrError(f"{path}: not a frame: {e}") from None
@@ -133,7 +132,9 @@ _FRAME = re.compile(r"frame_(.+)\.npz")
 def _set_problems(run: Run, folder: Path) -> Iterator[tuple[str, str]]:
     facts, name = read_json(folder / "metadata.json"), folder.relative_to(run.path).as_posix()
     for frame, about in facts.get("frames", {}).items():
-        path = folder / f"frame_{frame}.npz"
+        path = inside(folder, f"frame_{frame}.npz", f"{name}/metadata.json")
+        if path.parent != folder:
+            raise MinsnrError(f"{name}/metadata.json: {frame!r} is not the name of a frame")
         if path.is_file() and durable.sha256(path) != about["sha256"]:
             yield f"{name}/{path.name}", "does not match its digest"
     paths = [p for p in folder.iterdir() if _FRAME.fullmatch(p.name)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAME', 'COPIED', 'Model', 'versions', 'find_model', 'promote', 'write_index']
 
-# %% ../nbs/16_promote.ipynb #8246422e
+# %% ../nbs/16_promote.ipynb #28b8bc3e
 import re
 import secrets
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from . import durable
 from .config import ConfigError, MinsnrError, nearest
-from .records import read_json, to_json, utc_now
+from .records import inside, read_json, to_json, utc_now
 from .run_dir import Run, open_run
 from .seal import audit
 
@@ -62,10 +62,26 @@ def find_model(
         raise ConfigError(f"{address}: no such version; there are {', '.join(map(str, have))}")
     path = Path(root, name, str(version))
     card = read_json(path / "card.json")
-    for file, facts in card["files"].items():
-        if not (path / file).is_file() or durable.sha256(path / file) != facts["sha256"]:
-            raise MinsnrError(f"{path / file}: is missing or was changed after the promotion")
+    if problem := _card_problem(path, card):
+        raise MinsnrError(f"{path}: {problem}")
     return Model(path, card)
+
+
+def _card_problem(path: Path, card: dict) -> str | None:
+    "What is wrong with a model, if anything"
+    try:
+        digests = {f: facts["sha256"] for f, facts in card["files"].items()}
+        needed = {"model.safetensors", "config.resolved.yaml"} - digests.keys()
+        files = {inside(path, f, "card.json"): digest for f, digest in digests.items()}
+        known = [card[k] for k in ("name", "version", "input_shape")]
+    except (KeyError, TypeError, AttributeError) as e:
+        return f"card.json lacks {e}"
+    odd = [f for f, digest in files.items() if not f.is_file() or durable.sha256(f) != digest]
+    if known[:2] != [path.parent.name, int(path.name)] or needed:
+        return (
+            f"card.json belongs to another model, or lacks {', '.join(sorted(needed)) or 'nothing'}"
+        )
+    return f"{odd[0].name}: is missing or was changed after the promotion" if odd else None
 
 # %% ../nbs/16_promote.ipynb #041b8f67
 COPIED = ("config.resolved.yaml", "run_manifest.json", "metrics.json", "meta/provenance.json")

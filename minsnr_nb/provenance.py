@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'MAX_PATCH', 'RUNNERS', 'LOCKS', 'VARS', 'SCHEME', 'proje
            'git_state', 'source_digest', 'code_sha256', 'command', 'torch_build', 'freeze', 'packages', 'environment',
            'hardware', 'determinism', 'Evidence', 'collect']
 
-# %% ../nbs/11_provenance.ipynb #d422cc56
+# %% ../nbs/11_provenance.ipynb #a7915f62
 import configparser
 import importlib.metadata as metadata
 import importlib.util
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from .config import ConfigError, nearest
 from .durable import digest, sha256
+from .guard import FROM_FILE
 
 # %% ../nbs/11_provenance.ipynb #b658e963
 _IS_ROOT = {
@@ -332,6 +333,7 @@ def environment(
         "freeze": listed | {"tool": "importlib.metadata"},
         "locks": locks,
         "vars": {name: os.environ[name] for name in VARS if name in os.environ},
+        "dotenv": sorted(os.environ.get(FROM_FILE, "").split()),  # names; never values
     }
     return env, files | {"pip_freeze.txt": freeze().encode()}
 

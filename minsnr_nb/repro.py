@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Difference', 'first_difference', 'final_state', 'compare_runs', 'work_tree', 'package_changes', 'rerun', 'verify']
 
-# %% ../nbs/19_repro.ipynb #6c9f8371
+# %% ../nbs/19_repro.ipynb #9c666f45
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,8 @@ from typing import Any, NamedTuple
 from . import durable
 from .config import ConfigError, MinsnrError
 from .events import read_events
-from .provenance import freeze, project_root, settings
-from .records import read_json
+from .provenance import VARS, freeze, project_root, settings
+from .records import inside, read_json
 from .run_dir import Run, open_run
 
 # %% ../nbs/19_repro.ipynb #c48993e3
@@ -96,7 +97,7 @@ def _patch(run: Run, git: dict) -> Path | None:
     facts = git.get("patch")
     if facts is None:
         return None
-    path = run.path / facts["path"]
+    path = inside(run.path, facts["path"], "meta/provenance.json")
     if facts.get("truncated"):
         raise ConfigError(f"{path}: was too big to be recorded whole; the code cannot be restored")
     if durable.sha256(path) != facts["sha256"]:
@@ -116,6 +117,8 @@ def work_tree(
     lost = [f["path"] for f in git.get("untracked", []) if f["path"].startswith("minsnr_nb/")]
     if lost:
         raise ConfigError(f"{run.path}: used {lost[0]}, which git did not know; it is not recorded")
+    if not re.fullmatch("[0-9a-f]{40,64}", git["repo_sha"]):
+        raise MinsnrError(f"{run.path}: {git['repo_sha'][:60]!r} is not the name of a commit")
     tree, patch = place / "tree", _patch(run, git)
     _git(place, "clone", "--quiet", "--shared", "--no-checkout", str(root), str(tree))
     _git(tree, "checkout", "--quiet", "--detach", git["repo_sha"])
@@ -143,7 +146,9 @@ def _environment(run: Run, tree: Path) -> dict[str, str]:
     drop = ("MINSNR_PM", "IN_TEST", "MINSNR_RUNS")
     stamp = run.provenance()
     kept = {k: v for k, v in os.environ.items() if k not in drop}
-    kept |= stamp["env"].get("vars", {}) | {"PYTHONPATH": str(tree)}
+    recorded = stamp["env"].get("vars", {})
+    kept |= {k: str(recorded[k]) for k in VARS if k in recorded}  # nothing else from a stranger
+    kept |= {"PYTHONPATH": str(tree)}
     kept |= {"OMP_NUM_THREADS": str(stamp["determinism"]["num_threads"])}
     return kept | {"MINSNR_DATA": str(settings(project_root())["data"])}
 

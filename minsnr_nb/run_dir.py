@@ -7,7 +7,7 @@ __all__ = ['LAYOUT_VERSION', 'LAYOUT', 'RUN_NAME', 'TERMINAL', 'STATES', 'RESERV
            'run_name', 'manifest_of', 'status_record', 'summarise', 'write_summary', 'create_run', 'open_run',
            'list_runs']
 
-# %% ../nbs/08_run_dir.ipynb #4cc0aca3
+# %% ../nbs/08_run_dir.ipynb #f84cd40b
 import errno
 import re
 import secrets
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import durable
-from .config import ConfigError, read_yaml
-from .records import pulse, read_json, read_log, to_json, utc_now
+from .config import MAX_BYTES, ConfigError, read_yaml
+from .records import pulse, read_json, read_plain, read_log, to_json, utc_now
 
 # %% ../nbs/08_run_dir.ipynb #9e815409
 class Entry(NamedTuple):
@@ -114,7 +114,8 @@ class Run:
 
     def config(self) -> dict:
         "The resolved settings as plain values"
-        return read_yaml(self.config_path.read_text(encoding="utf-8"), str(self.config_path))[0]
+        text = read_plain(self.config_path, 2 * MAX_BYTES).decode("utf-8", "replace")
+        return read_yaml(text, str(self.config_path))[0]
 
     def provenance(self) -> dict:
         "The stamp that never changes"

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,7 +78,11 @@ def _house(tmp_path_factory) -> Path:
     (house / "README.md").write_text(
         "# House\n\n<!-- shared: a -->\n`uv run pytest`\n<!-- end -->\n"
     )
-    shutil.copy(house / "README.md", house / "nbs/index.qmd")
+    keys = (ROOT / "nbs/docs/reference.qmd").read_text("utf-8")
+    said = "\n".join(line for line in keys.splitlines() if re.match(r"\| `[a-z]+[.`]", line))
+    (house / "nbs/index.qmd").write_text(
+        (house / "README.md").read_text() + f"\n`minsnr list` `minsnr train`\n\n{said}\n"
+    )
     contents = "[index.qmd, 00_config.ipynb, {section: S, contents: [01_registry.ipynb]}]"
     (house / "_quarto.yml").write_text(f"website: {{sidebar: {{contents: {contents}}}}}\n")
     (house / "nbs/_quarto.yml").symlink_to("../_quarto.yml")
@@ -121,6 +126,18 @@ def edit(change):
         nb = json.loads(path.read_text("utf-8"))
         change(nb)
         path.write_text(json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+    return broken
+
+
+def unsaid(word: str):
+    "Break a house by taking a word out of its reference"
+
+    def broken(house: Path) -> None:
+        for page in house.glob("nbs/*.qmd"):
+            page.write_text(page.read_text("utf-8").replace(word, ""))
+        for page in house.glob("*.md"):
+            page.write_text(page.read_text("utf-8").replace(word, ""))
 
     return broken
 
@@ -170,6 +187,26 @@ BROKEN = {
         add("minsnr_nb/config.py", "def f():\n    torch.save(1, 'x')\n"),
         "is a pickle",
     ),
+    "evaluated text": (
+        "layers",
+        add("minsnr_nb/config.py", "def f(x):\n    return eval(x)\n"),
+        "nothing is run",
+    ),
+    "import by a name that was read": (
+        "layers",
+        add("minsnr_nb/config.py", "def f(x):\n    return importlib.import_module(x)\n"),
+        "nothing is run",
+    ),
+    "objects in arrays": (
+        "layers",
+        add("minsnr_nb/config.py", "def f(x):\n    return np.load(x, allow_pickle=True)\n"),
+        "must stay False",
+    ),
+    "careless YAML": (
+        "layers",
+        add("minsnr_nb/config.py", "def f(x):\n    return yaml.unsafe_load(x)\n"),
+        "strict reader",
+    ),
     "second writer": (
         "layers",
         add("minsnr_nb/config.py", "def f():\n    open('x', mode='ab')\n"),
@@ -216,6 +253,8 @@ BROKEN = {
     "missing verb": ("docs", add("README.md", "```\nminsnr levitate RUN\n```\n"), "no such verb"),
     "missing file": ("docs", add("README.md", "`uv run python tools/none.py`\n"), "no such file"),
     "missing notebook": ("docs", add("README.md", "`37_nowhere`\n"), "no such notebook"),
+    "a key on no page": ("docs", unsaid("`train.steps`"), "key `train.steps` is on no page"),
+    "a verb on no page": ("docs", unsaid("`minsnr train`"), "verb `minsnr train` is on no page"),
     "missing registry": ("docs", add("README.md", "`POTIONS`\n"), "no module defines"),
     "missing key": ("docs", add("README.md", "`train.stpes=3`\n"), "no such key"),
     "dead link": ("docs", add("nbs/index.qmd", "[here](nowhere.ipynb)\n"), "no such file"),
@@ -247,6 +286,15 @@ BROKEN = {
     "big file": ("hygiene", add("table.csv", b"1,2\n" * 300_000), "at most"),
     "uv.lock": ("hygiene", add("uv.lock", "version = 1\n"), "made locally"),
     "a run": ("hygiene", add("runs/p/2026-01-01_00-00-00_abcdefg/metrics.json", "{}"), "stays on"),
+    "a run elsewhere": ("hygiene", add("x/r/meta/provenance.json", "{}"), "part of a run"),
+    "a checkpoint elsewhere": ("hygiene", add("x/ckpts/last/CURRENT.json", "{}"), "part of a run"),
+    "a model": ("hygiene", add("models/a/1/card.json", "{}"), "stay out of git"),
+    "an environment": ("hygiene", add("nbs/.env", "TOKEN=1"), "secrets"),
+    "a big output": (
+        "hygiene",
+        edit(lambda nb: first_code(nb).update(outputs=[{"text": ["x" * 200_000]}])),
+        "stored outputs",
+    ),
     "address in the lock": (
         "hygiene",
         add("requirements.lock", "-i https://example.org\n"),

@@ -411,9 +411,9 @@ def generation(run, digest=None):
     "A checkpoint directory as far as the validator looks at it"
     step = run.ckpts_last / "step_000000002"
     step.mkdir()
-    (step / "model.safetensors").write_bytes(b"12345678")
+    (step / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     digest = digest or durable.sha256(step / "model.safetensors")
-    facts = {"files": {"model.safetensors": {"bytes": 8, "sha256": digest}}}
+    facts = {"files": {"model.safetensors": {"bytes": 10, "sha256": digest}}}
     facts |= {"config_sha256": durable.sha256(run.config_path), "metrics": None}
     (step / "MANIFEST.json").write_text(json.dumps(facts))
 

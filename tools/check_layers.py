@@ -1,4 +1,5 @@
-"""Check what a module may know: imports point to lower numbers, heavy libraries load late, one module writes.
+"""Check what a module may know: imports point to lower numbers, heavy libraries load late, one module writes,
+no text that was read is run.
 
 usage: python tools/check_layers.py [ROOT]
 """
@@ -13,6 +14,8 @@ from pathlib import Path
 from _report import PLAIN, main
 
 LIGHT = ("config", "registry", "run_layout", "events", "cli")  # imported by every command
+RUNS = {"eval", "exec", "compile", "__import__"}
+YAML_LOADERS = {"unsafe_load", "full_load", "load_all", "unsafe_load_all", "full_load_all"}
 LATE = {"matplotlib", "sklearn", "torchvision", "scipy", "pandas", "PIL", "tqdm", "ipywidgets"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 WRITES = {"write_text", "write_bytes", "unlink", "rmdir", "rename", "mkdir", "touch", "rmtree"}
@@ -85,6 +88,24 @@ def writes(tree: ast.AST) -> Iterator[str]:
             yield f"{node.lineno}: torch.{name} is a pickle; use safetensors"
 
 
+def unsafe(tree: ast.AST) -> Iterator[str]:
+    "Calls that turn text from a file into code"
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        owner, name = _called(node)
+        constant = bool(node.args) and isinstance(node.args[0], ast.Constant)
+        if (isinstance(node.func, ast.Name) and name in RUNS and not constant) or (name == "import_module" and not constant):
+            yield f"{node.lineno}: {name}: nothing is run or imported by a name that was read"
+        if owner == "yaml" and name in YAML_LOADERS:
+            yield f"{node.lineno}: yaml.{name}: read_yaml is the strict reader"
+        for word in node.keywords:
+            if word.arg in ("allow_pickle", "shell") and getattr(word.value, "value", None) is not False:
+                yield f"{node.lineno}: {word.arg}: must stay False"
+        if owner == "os" and name in ("system", "popen"):
+            yield f"{node.lineno}: os.{name}: hand subprocess a list of words"
+
+
 def heavy(root: Path) -> Iterator[str]:
     "Modules behind every command that bring torch with them"
     modules = [m for m in ("__init__", *LIGHT) if (root / f"minsnr_nb/{m}.py").exists()]
@@ -113,7 +134,7 @@ def findings(root: Path) -> Iterator[str]:
         if name not in layer:
             yield f"minsnr_nb/{path.name}: no notebook of that name, and not in tools/_report.py"
             continue
-        found = [*upward(name, tree, layer), *early(tree)]
+        found = [*upward(name, tree, layer), *early(tree), *unsafe(tree)]
         found += writes(tree) if name != "durable" else []
         yield from (f"minsnr_nb/{path.name}:{line}" for line in found)
     yield from heavy(root)

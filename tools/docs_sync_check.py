@@ -1,4 +1,5 @@
-"""Check that the pages name only what exists: commands, files, links, config keys, pages of the site.
+"""Check that the pages name only what exists: commands, files, links, config keys, pages of the site. And that
+whatever a user can type or open is named on a page: every verb, key, registry and entry of a run directory.
 
 usage: python tools/docs_sync_check.py [ROOT]
 """
@@ -107,6 +108,36 @@ def keys(snippet: str) -> Iterator[str]:
             yield f"`{section}.{key}`: no such key; known: {', '.join(sorted(known))}"
 
 
+@cache
+def public(root: Path) -> tuple[tuple[str, str], ...]:
+    "Everything that a user meets by name: (what it is, how a page writes it)"
+    code = """
+import re
+from pathlib import Path
+from minsnr_nb.config import Config
+for name, field in Config.model_fields.items():
+    keys = getattr(field.annotation, "model_fields", {}).keys() - {"name"}
+    print(*(f"key {name}.{k}" for k in sorted(keys)) if keys else [f"key {name}"], sep="\\n")
+for path in sorted(Path("minsnr_nb").glob("*.py")):
+    for name in re.findall(r"^([A-Z_]+) = Registry\\(", path.read_text("utf-8"), re.M):
+        print("registry", name)
+if Path("minsnr_nb/run_dir.py").exists():
+    from minsnr_nb.run_dir import LAYOUT
+    print(*(f"entry {e.path}" for e in LAYOUT), sep="\\n")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    found = [tuple(line.split(" ", 1)) for line in done.stdout.splitlines()]
+    return (*(("verb", f"minsnr {verb}") for verb in sorted(verbs(root))), *found)
+
+
+def unnamed(root: Path, texts: dict[str, str]) -> Iterator[str]:
+    "Public things that no page names"
+    said = "\n".join(snippet for text in texts.values() for snippet in code(text))
+    for kind, name in public(root):
+        if not re.search(rf"(?<![\w.]){re.escape(name)}(?![\w-])", said):
+            yield f"the {kind} `{name}` is on no page; nbs/docs/reference.qmd lists them"
+
+
 def links(root: Path, page: str, text: str) -> Iterator[str]:
     "Relative links that lead nowhere"
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text)):
@@ -153,6 +184,7 @@ def findings(root: Path) -> Iterator[str]:
             found += [*commands(root, snippet), *paths(root, snippet), *keys(snippet)]
             found += constants(root, snippet)
         yield from (f"{page}: {line}" for line in dict.fromkeys(found))
+    yield from unnamed(root, texts)
     yield from shared(texts)
     yield from sidebar(root)
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from _report import main
 
 MAX_BYTES = 1_000_000
+MAX_OUTPUT, MAX_OUTPUTS = 150_000, 300_000  # characters of one stored output, of all in a notebook
 BANNED = set(
     ".pkl .pickle .joblib .dill .pt .pth .ckpt .bin .safetensors .onnx .h5 .hdf5 .npy .npz .parquet "
-    ".zip .tar .gz .tgz .bz2 .xz .zst .7z .rar .whl .egg .sqlite .db .so .dll .exe .pyc".split()
+    ".zip .tar .gz .tgz .bz2 .xz .zst .7z .rar .whl .egg .sqlite .db .so .dll .exe .pyc .arrow .mat".split()
 )
 MAGIC = {
     "pickle": rb"\x80[\x02-\x05]",
@@ -30,7 +31,13 @@ MAGIC = {
     "safetensors file": rb"(?s).{5}\x00\x00\x00\{\"",
     "SQLite database": rb"SQLite format 3\x00",
     "program": rb"\x7fELF|MZ\x90\x00",
+    "parquet table": rb"PAR1",
+    "lz4 archive": rb"\x04\x22\x4d\x18",
+    "rar archive": rb"Rar!\x1a\x07",
 }
+RUN_FILES = re.compile(
+    r"(^|/)(meta/(provenance|status|seal|heartbeat)\.json|logs/(metrics|events)\.jsonl|ckpts/.+|\.index\.sqlite)$"
+)
 SECRETS = re.compile(
     r"\bgh[pousr]_[A-Za-z0-9]{36}\b|\bgithub_pat_\w{50,}|\bAKIA[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}\b"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|\b[a-z]+://[^\s/:@\"'<>{}$]+:[^\s/:@\"'<>{}$]+@(?!example\.)[\w-]+\.\w"
@@ -51,6 +58,12 @@ def placed(name: str) -> Iterator[str]:
         yield "made locally; requirements.lock is the committed form"
     if name.startswith("runs/") and name != "runs/.gitignore":
         yield "content of runs/ stays on the machine"
+    if name.startswith("models/") and name != "models/index.json":
+        yield "weights stay out of git; models/index.json names them"
+    if RUN_FILES.search(name):
+        yield "part of a run directory; `minsnr export RUN` makes the copy for git"
+    if re.fullmatch(r"\.env(\..+)?", Path(name).name) and Path(name).name != ".env.example":
+        yield "holds this machine's secrets"
     if Path(name).suffix.lower() in BANNED:
         yield f"{Path(name).suffix} files do not belong in git"
 
@@ -68,6 +81,9 @@ def content(name: str, data: bytes) -> Iterator[str]:
         yield "holds an address; export it without one"
     if name.endswith(".ipynb"):
         stored = [cell.get("outputs", []) for cell in json.loads(text)["cells"]]
+        sizes = [len(json.dumps(out)) for outs in stored for out in outs]
+        if max(sizes, default=0) > MAX_OUTPUT or sum(sizes) > MAX_OUTPUTS:
+            yield f"stored outputs of {sum(sizes)} characters, one of {max(sizes)}; keep figures small"
         homes = {m[0] for m in HOMES.finditer(json.dumps(stored))}
         yield from (f"a stored output names {home}" for home in sorted(homes))
 

@@ -1,5 +1,7 @@
 "The figures behind the promises of a run directory: `python -m tests.harness [PART …] [--short]`."
 
+from tests import hostile, property_loaders
+
 from . import costs, damage, faults, power, races
 
 # name: (part, its full size, its size in pytest)
@@ -14,6 +16,8 @@ PARTS = {
     "leases": (races.leases, {"n": 1000}, {"n": 5}),
     "loaders": (damage.loaders, {"n": 10_000}, {"n": 150}),
     "hostile": (damage.hostile, {}, {}),
+    "properties": (property_loaders.part, {"n": 10_000}, {"n": 60}),
+    "corpus": (hostile.part, {}, {}),
     "costs": (costs.costs, {"n": 5000}, {"n": 500}),
     "index": (costs.index, {"n": 10_000}, {"n": 300}),
 }

@@ -1,0 +1,79 @@
+"The loaders against made-up and hostile input, in short; `python -m tests.harness` has the long form"
+
+import pytest
+
+from tests import hostile, property_loaders
+from tests.harness.lab import Lab
+
+
+def test_properties():
+    figures = property_loaders.run(100)
+    assert figures["slowest_refusal_ms"] < 100
+    for loader in ("config", "mapping", "log", "tensors"):  # both ways were tried
+        assert figures[f"{loader} accepted"] and figures[f"{loader} refused"]
+    assert figures["typos"] > 50
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    return Lab().whole(tmp_path_factory.mktemp("runs")).path
+
+
+def test_hostile_files(healthy):
+    figures = hostile.run(healthy)
+    assert figures["passed"] == [] and figures["canary"], figures
+    assert figures["happened"] == [] and figures["opened"] == [] and figures["tried"] >= 130
+
+
+# --- teeth ----------------------------------------------------------------------------------------
+
+
+def test_a_loader_that_lets_an_error_through_is_found(monkeypatch):
+    monkeypatch.setattr("minsnr_nb.records.from_json", lambda text: {}[text])
+    with pytest.raises(KeyError):
+        property_loaders.run(100, "log")
+
+
+def test_a_header_that_overlaps_is_found(monkeypatch):
+    monkeypatch.setattr("minsnr_nb.guard._placed", lambda tensors, body: None)
+    with pytest.raises(Exception, match="deserializing"):
+        property_loaders.run(200, "tensors")
+
+
+def test_a_writer_of_yaml_1_1_is_found(monkeypatch):
+    import yaml
+
+    monkeypatch.setattr("minsnr_nb.config._Dumper", yaml.SafeDumper)
+    with pytest.raises(Exception, match="valid string"):
+        property_loaders.run(200, "round trip")
+
+
+def test_a_wrong_suggestion_is_found(monkeypatch):
+    monkeypatch.setattr("minsnr_nb.config._slips", lambda a, b: len(b) % 3)
+    with pytest.raises(AssertionError, match="unknown key"):
+        property_loaders.run(100, "typo")
+
+
+def test_missing_guards_are_found(healthy):
+    weaker = """
+import minsnr_nb.api as a, minsnr_nb.checkpoint as c, minsnr_nb.run_layout as r
+a.tensor_bytes = lambda path: path.read_bytes()
+c.inside = r.inside = lambda root, name, source="": root / name
+"""
+    passed = " ".join(hostile.run(healthy, weaker)["passed"])
+    for what in ("tensors: name twice", "manifest names '../", "lock far away"):
+        assert what in passed, passed
+
+
+def test_a_pickle_that_is_opened_is_found(healthy):
+    weaken = """
+import pickle, minsnr_nb.run_layout as r
+def careless(path):
+    try:
+        pickle.loads(path.read_bytes())
+    except Exception:
+        pass
+r.pickle_problem = careless
+"""
+    figures = hostile.run(healthy, weaken)
+    assert not figures["canary"] and any("pickle.find_class" in x for x in figures["happened"])
