@@ -1,13 +1,9 @@
 "What one wants at hand in a notebook: `from minsnr_nb.all import *`."
 
 from minsnr_nb.api import (
-    LANES,
-    Lab,
-    build,
     continue_run,
     eval_run,
     fork_run,
-    load,
     load_network,
     resume_run,
     sample_run,
@@ -21,6 +17,7 @@ from minsnr_nb.ema import WRAPPERS
 from minsnr_nb.evaluate import Evaluator, report
 from minsnr_nb.events import read_events, to_frame
 from minsnr_nb.explorer import explore
+from minsnr_nb.lab import LANES, Lab, build, load
 from minsnr_nb.metrics import METRICS
 from minsnr_nb.minsnr_loss import WEIGHTINGS, loss_weight
 from minsnr_nb.objective import DENSITIES, Objective, make_objective, probe_loss, snr_bins

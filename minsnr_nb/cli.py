@@ -277,7 +277,7 @@ ALIASES = {
 
 def lanes(args: argparse.Namespace) -> int:
     "List the lanes, or the entries of one: minsnr list [LANE]"
-    from minsnr_nb.api import LANES
+    from minsnr_nb.lab import LANES
     from minsnr_nb.registry import load_plugins
 
     for problem in load_plugins():

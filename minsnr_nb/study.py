@@ -6,7 +6,7 @@
 __all__ = ['find_config', 'settings_of', 'Study', 'group_of', 'run_study', 'history', 'primary', 'paired_bootstrap', 'Comparison',
            'compare', 'bin_changes', 'gates', 'verdict', 'run_grid', 'across_seeds']
 
-# %% ../nbs/72_study.ipynb #eb9917fe
+# %% ../nbs/72_study.ipynb #71634eee
 import json
 import secrets
 from collections.abc import Callable, Mapping
@@ -17,18 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from minsnr_nb.api import (
-    build,
-    config_differences,
-    config_of,
-    load,
-    load_network,
-    resume_run,
-    train_run,
-)
+from .api import config_differences, config_of, load_network, resume_run, train_run
 from .config import ConfigError
 from .durable import make_dir
 from .events import read_events
+from .lab import build, load
 from .metrics import feature_net, frechet, moments, real_moments
 from .provenance import project_root
 from .records import read_json

@@ -52,7 +52,7 @@ def test_list_prints_the_table_of_the_lane():
 
 
 def test_schema_file_is_current():
-    from minsnr_nb.api import config_schema
+    from minsnr_nb.lab import config_schema
 
     assert json.loads((ROOT / "configs/schema.json").read_text()) == json.loads(
         json.dumps(config_schema())
@@ -64,7 +64,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "cifar" not in
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_are_valid_and_buildable(path: Path):
-    from minsnr_nb.api import build, load
+    from minsnr_nb.lab import build, load
 
     build(load(path).cfg)
     first = path.read_text().splitlines()[0]
