@@ -86,7 +86,8 @@ def seal_problems(run: Run) -> Iterator[tuple[str, str]]:
     if not is_sealed(run):
         return
     facts = read_json(run.path / "meta/seal.json")
-    if facts.get("digest") != _digest(facts):
+    as_written = (run.path / "meta/seal.json").read_bytes() == to_json(facts).encode()
+    if facts.get("digest") != _digest(facts) or not as_written:  # to the last newline
         yield "meta/seal.json", "was changed after it was written"
     manifest = run.path / "meta/manifest.json"
     if not manifest.is_file() or durable.sha256(manifest) != facts.get("manifest_sha256"):
