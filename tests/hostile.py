@@ -72,13 +72,30 @@ def in_a_run(canary: Path) -> dict[str, bytes]:
     out |= {f"protocol{p}.txt": bomb[p] for p in bomb}
     out |= {"table.json": bomb[4], "grid.png": bomb[0], "log.csv": bomb[1] + b"1,2,3\n"}
     out |= {"import.txt": b"cos\nsystem\n.", "inst.txt": b"(S'x'\nios\nsystem\n."}
-    out |= {"pickled.safetensors": bomb[5], "zipped.safetensors": npz({"archive/data.pkl": bomb[2]})}
-    out |= {"torch.npz": npz({"archive/data.pkl": bomb[2]}), "hidden.npz": npz({"image.npy": bomb[4]})}
+    out |= {
+        "pickled.safetensors": bomb[5],
+        "zipped.safetensors": npz({"archive/data.pkl": bomb[2]}),
+    }
+    out |= {
+        "torch.npz": npz({"archive/data.pkl": bomb[2]}),
+        "hidden.npz": npz({"image.npy": bomb[4]}),
+    }
     out |= {"objects.npy": npy(objects), "objects.npz": npz({"a.npy": npy(objects)})}
     out |= {"fields.npy": npy(fields), "nested.npz": npz({"a.npz": npz({"a.npy": npy(objects)})})}
-    out |= {"up.npz": npz({"../../up.npy": npy(np.zeros(1))}), "code.npy": npy_head("__import__('os')")}
-    out |= {"deep.npy": npy_head("(" * 9000), "claim.npy": npy_head(f"{{'descr': '|u1', 'shape': ({1 << 50},)}}")}
-    out |= {"a.tar": bytes(600), "text.txt": b"\x1f\x8b" + bytes(60), "x.7z": b"", "notes.md": npz({"a": b"b"})}
+    out |= {
+        "up.npz": npz({"../../up.npy": npy(np.zeros(1))}),
+        "code.npy": npy_head("__import__('os')"),
+    }
+    out |= {
+        "deep.npy": npy_head("(" * 9000),
+        "claim.npy": npy_head(f"{{'descr': '|u1', 'shape': ({1 << 50},)}}"),
+    }
+    out |= {
+        "a.tar": bytes(600),
+        "text.txt": b"\x1f\x8b" + bytes(60),
+        "x.7z": b"",
+        "notes.md": npz({"a": b"b"}),
+    }
     out |= {"zlib.txt": b"x\x9c" + bytes(60), "token.txt": b"hf" + b"_" + b"a1" * 17}
     return out  # fmt: skip
 
@@ -210,10 +227,21 @@ def wishes(run, canary: Path) -> dict[str, Callable]:
 
     newest = run.ckpts_last / json.loads((run.ckpts_last / "CURRENT.json").read_text())["dir"]
     manifest, data = newest.relative_to(run.path) / "MANIFEST.json", canary.read_bytes()
-    facts = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}  # all but the place is right
+    facts = {
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }  # all but the place is right
     names = (os.path.relpath(canary, newest), str(canary), "a\0b", "..")
-    out = {f"manifest names {n[:12]!r}": rewrite(manifest, lambda m, n=n: m["files"].update({n: facts})) for n in names}
-    out |= {f"pointer names {n!r}": rewrite("ckpts/last/CURRENT.json", lambda c, n=n: c.update(dir=n)) for n in ("..", "/", "../last/up")}
+    out = {
+        f"manifest names {n[:12]!r}": rewrite(
+            manifest, lambda m, n=n: m["files"].update({n: facts})
+        )
+        for n in names
+    }
+    out |= {
+        f"pointer names {n!r}": rewrite("ckpts/last/CURRENT.json", lambda c, n=n: c.update(dir=n))
+        for n in ("..", "/", "../last/up")
+    }
     lock = facts | {"path": os.path.relpath(canary, run.path)}
     return out | {"provenance names a lock far away": rewrite("meta/provenance.json", lambda p: p["env"]["freeze"].update(lock))}  # fmt: skip
 

@@ -29,7 +29,12 @@ ODD = ("\0", "\x1b[2J", "\u202e", "\ud800", "é", "${seed}", "${oc.env:HOME}", "
 ODD += ("<<", "*a", "&a", "- - -", "? ", "|", ">", "%YAML", "---", "...", ".nan", "1e999", "0x" + "f" * 80, "1:2:3")  # fmt: skip
 
 words = st.one_of(st.sampled_from(ODD), st.text(max_size=12), st.sampled_from(sorted(SECTIONS)))
-numbers = st.one_of(st.integers(), st.floats(), st.sampled_from([-1, 2**63, 1e308]), st.just(5000).map(lambda n: 10**n))
+numbers = st.one_of(
+    st.integers(),
+    st.floats(),
+    st.sampled_from([-1, 2**63, 1e308]),
+    st.just(5000).map(lambda n: 10**n),
+)
 values = st.recursive(
     st.one_of(st.none(), st.booleans(), numbers, words),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(words, inner, max_size=4)),
@@ -270,7 +275,11 @@ def promises(folder: Path, counts: Counter) -> dict[str, tuple[st.SearchStrategy
     def suggestion(case):
         section, key, word = case
         others = [distance(word, k) for k in SECTIONS[section] if k != key]
-        if word in SECTIONS[section] or distance(word, key) > min(2, len(word) - 1) or min(others, default=9) <= distance(word, key):
+        if (
+            word in SECTIONS[section]
+            or distance(word, key) > min(2, len(word) - 1)
+            or min(others, default=9) <= distance(word, key)
+        ):
             return  # it is a key, or as near to another one
         try:
             load_config({section: {word: 1}})

@@ -20,7 +20,9 @@ def minsnr(place, *words):
 
 def test_names_are_recorded_and_values_stay(tmp_path):
     (tmp_path / "settings.ini").write_text("[minsnr]\n")
-    (tmp_path / ".env").write_text(f"HIDDEN_THING={VALUE}\n# HIDDEN_OTHER=1\nexport HIDDEN_TWO='x y'\n")
+    (tmp_path / ".env").write_text(
+        f"HIDDEN_THING={VALUE}\n# HIDDEN_OTHER=1\nexport HIDDEN_TWO='x y'\n"
+    )
     done = minsnr(tmp_path, "train", ROOT / "configs/smoke.yaml", "train.steps=2")
     assert done.returncode == 0, done.stderr
     run = Path(done.stdout.split("RUN_DIR: ")[1].splitlines()[0])
@@ -39,6 +41,8 @@ def test_the_library_does_not_read_it(tmp_path):
     (tmp_path / ".env").write_text(f"HIDDEN_THING={VALUE}\n")
     (tmp_path / "settings.ini").write_text("[minsnr]\n")
     code = "import os, minsnr_nb.all; print(os.environ.get('HIDDEN_THING'))"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    }
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)  # fmt: skip
     assert done.stdout.strip() == "None", done.stderr

@@ -95,12 +95,17 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
             continue
         owner, name = _called(node)
         constant = bool(node.args) and isinstance(node.args[0], ast.Constant)
-        if (isinstance(node.func, ast.Name) and name in RUNS and not constant) or (name == "import_module" and not constant):
+        if (isinstance(node.func, ast.Name) and name in RUNS and not constant) or (
+            name == "import_module" and not constant
+        ):
             yield f"{node.lineno}: {name}: nothing is run or imported by a name that was read"
         if owner == "yaml" and name in YAML_LOADERS:
             yield f"{node.lineno}: yaml.{name}: read_yaml is the strict reader"
         for word in node.keywords:
-            if word.arg in ("allow_pickle", "shell") and getattr(word.value, "value", None) is not False:
+            if (
+                word.arg in ("allow_pickle", "shell")
+                and getattr(word.value, "value", None) is not False
+            ):
                 yield f"{node.lineno}: {word.arg}: must stay False"
         if owner == "os" and name in ("system", "popen"):
             yield f"{node.lineno}: os.{name}: hand subprocess a list of words"
