@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Cosines', 'resampled_products', 'cosines', 'show_matrices', 'only', 'transfer', 'pareto_value', 'Pareto', 'pareto']
 
-# %% ../nbs/65_conflict.ipynb #7537bbb3
+# %% ../nbs/65_conflict.ipynb #32bb98b3
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .config import ConfigError
 from .density import Density
-from .exact_lab import Gradients, Source, counts, fit
+from .exact_lab import Gradients, Source, fit
 from .objective import Objective, SnrBins
 from .seeds import Stream
 from .show import LOOK, figure

@@ -7,14 +7,13 @@ __all__ = ['SECTIONS', 'RAW', 'EVEN', 'EFFECTIVE', 'SHARE', 'PANELS', 'as_sectio
            'factor', 'View', 'view', 'panels', 'picture', 'Sheet', 'bounds', 'slider', 'control', 'reading', 'Chooser',
            'percent', 'summary', 'Explorer', 'quick_png', 'explore']
 
-# %% ../nbs/33_explorer.ipynb #6f26c88b
+# %% ../nbs/33_explorer.ipynb #c81dd4a6
 import html
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_args, get_origin, Literal
 
 import numpy as np
-import torch
 import yaml
 from pydantic.fields import FieldInfo
 from torch import Tensor

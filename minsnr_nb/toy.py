@@ -216,10 +216,11 @@ class Empirical:
 def nearness(
     source: Empirical,  # N images in D = prod(shape) dimensions
     x_t: Tensor,  # Noised images, (B, *shape)
-    t: Tensor | int,  # Timestep of each, (B,), or one for all
+    t: Tensor | int | float,  # Timestep of each, (B,), or one for all
     schedule: NoiseSchedule,  # Gives α (`signal`) and σ (`noise`)
 ) -> Tensor:  # Probability that each image is behind the noise, (B, N), float64
     "Find out what a noised image says about each image of the set"
+    schedule, t = locate(schedule, t)
     data = source.images.reshape(len(source.images), -1)
     middle = data.mean(0)
     a, s = (table[t].double().view(-1, 1) for table in (schedule.signal, schedule.noise))
@@ -232,7 +233,7 @@ def nearness(
 def _in_chunks(
     source: Empirical,  # N images
     x_t: Tensor,  # Noised images, (B, *shape)
-    t: Tensor | int,  # Timestep of each, (B,), or one for all
+    t: Tensor | int | float,  # Timestep of each, (B,), or one for all
 ) -> Iterator[tuple[Tensor, Tensor]]:  # Rows and their timesteps
     "Cut a batch so that rows times N stays below `CHUNK`"
     t = torch.as_tensor(t).expand(len(x_t))
@@ -242,10 +243,11 @@ def _in_chunks(
 def empirical_denoise(
     self: Empirical,
     x_t: Tensor,  # Noised images, (B, *shape)
-    t: Tensor | int,  # Timestep of each, (B,), or one for all
+    t: Tensor | int | float,  # Timestep of each, (B,), or one for all
     schedule: NoiseSchedule,  # Gives α (`signal`) and σ (`noise`)
 ) -> Tensor:  # Best guess of the images, like `x_t`
     "Compute E[x0 | x_t]"
+    schedule, t = locate(schedule, t)
     data = self.images.reshape(len(self.images), -1)
     guesses = [nearness(self, x, u, schedule) @ data for x, u in _in_chunks(self, x_t, t)]
     return torch.cat(guesses).to(x_t.dtype).view(x_t.shape)
@@ -257,10 +259,11 @@ Empirical.denoise = empirical_denoise
 def left_over_of_data(
     source: Empirical,  # N images in D dimensions
     x_t: Tensor,  # Noised images, (B, *shape)
-    t: Tensor | int,  # Timestep of each, (B,), or one for all
+    t: Tensor | int | float,  # Timestep of each, (B,), or one for all
     schedule: NoiseSchedule,  # Gives α and σ
 ) -> Tensor:  # Variance of x0 given x_t, averaged over pixels, (B,), float64
     "Compute how uncertain the best guess is"
+    schedule, t = locate(schedule, t)
     data, parts = source.images.reshape(len(source.images), -1), []
     for x, u in _in_chunks(source, x_t, t):
         p = nearness(source, x, u, schedule)

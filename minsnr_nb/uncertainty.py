@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['UNCERTAINTIES', 'Uncertainty', 'none', 'fourier', 'bins']
 
-# %% ../nbs/34_uncertainty.ipynb #b9b9a642
+# %% ../nbs/34_uncertainty.ipynb #8167701d
 import math
 
 import torch
 from torch import Tensor, nn
 
-from .config import ConfigError, Positive, PositiveInt
+from .config import Positive, PositiveInt
 from .objective import snr_bins
 from .registry import Registry
 from .schedule import NoiseSchedule

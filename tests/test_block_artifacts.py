@@ -59,7 +59,10 @@ def test_the_last_commits_of_this_repository_are_clean():
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout")
     depth = subprocess.run(
-        ["git", "rev-list", "--count", "--first-parent", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ["git", "rev-list", "--count", "--first-parent", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     what = f"HEAD~{min(30, int(depth.stdout) - 1)}..HEAD"
     assert list(block_artifacts.findings(ROOT, what)) == []
