@@ -292,7 +292,16 @@ def promises(folder: Path, counts: Counter) -> dict[str, tuple[st.SearchStrategy
     return {
         "config": (texts(), config_text),
         "mapping": (st.one_of(known, values), config_mapping),
-        "override": (st.builds("{}={}".format, words, words), override),
+        "override": (
+            st.builds(
+                "{}={}".format,
+                st.one_of(
+                    words, st.sampled_from(["train.steps", "seed", "loss.name", "metrics.0.name"])
+                ),
+                st.one_of(words, st.integers(0, 99)),
+            ),
+            override,
+        ),
         "log": (logs(), log),
         "tensors": (tensor_files(), tensors),
         "round trip": (configs(), same_again),
