@@ -306,7 +306,8 @@ def train_run(
     loaded = load(*sources, overrides=overrides)
     lab = build(loaded.cfg, device)
     if any(c.name == "evaluate" for c in loaded.cfg.callbacks):
-        _ = lab.evaluator.anchors  # a metric that cannot be computed is a wrong request, too
+        with threads(settings(project_root())["threads"]):
+            _ = lab.evaluator.anchors  # a metric that cannot be computed is a wrong request, too
     run = new_run(loaded, lab, run_root, study)
     announce(run)
     return _train(run, lab, warn)

@@ -185,8 +185,10 @@ def keep_tensors(
     make: Callable[[], dict[str, Tensor]],  # Computes it
 ) -> dict[str, Tensor]:
     "Compute named tensors once per machine"
-    dump = lambda tensors: save({k: t.contiguous() for k, t in tensors.items()})  # noqa: E731
-    return cached("metrics", key, make, dump, lambda path: load(tensor_bytes(path)))
+    # one memory layout, computed or loaded: the order of a sum, and so its last bit, depends on it
+    tidy = lambda tensors: {k: t.contiguous().clone() for k, t in tensors.items()}  # noqa: E731
+    dump = lambda tensors: save(tidy(tensors))  # noqa: E731
+    return tidy(cached("metrics", key, make, dump, lambda path: load(tensor_bytes(path))))
 
 
 @dataclass(frozen=True, eq=False)
