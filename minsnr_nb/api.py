@@ -7,7 +7,7 @@ __all__ = ['STREAMS', 'new_run', 'tell_papermill', 'Heartbeat', 'RunFailed', 're
            'train_run', 'config_differences', 'config_of', 'resume_run', 'read_tensors', 'fill', 'load_network',
            'eval_run', 'dump_as_mapping', 'sample_run', 'fork_run', 'continue_run', 'promote_run', 'sample_model']
 
-# %% ../nbs/70_api.ipynb #eec3cc9d
+# %% ../nbs/70_api.ipynb #a15f7dc7
 import json
 import os
 import re
@@ -55,6 +55,7 @@ from minsnr_nb.run_layout import (
     start_attempt,
 )
 from .run_layout import write_summary
+from .run_state import fence
 from .seal import is_sealed, reopened, seal, unseal
 from .show import save_png, tile
 from minsnr_nb.train_loop import (
@@ -152,6 +153,7 @@ def recorded(
 
     def ended(state: str, e: BaseException, step: int, reason: str, **more: Any) -> None:
         with suppress(MinsnrError):  # a full disk must not hide why the run ended
+            fence(run, attempt)
             write_summary(run)
             put(state, step=step, reason=reason, exit=_exit(e) | more)
 
@@ -172,6 +174,7 @@ def recorded(
     except Exception as e:
         ended("failed", e, loop.state.step, f"{type(e).__name__}: {e}")
         raise
+    fence(run, attempt)
     write_summary(run)
     done = {"code": 0, "signal": None, "type": None, "message": None}
     put("completed", step=loop.state.step, exit=done)

@@ -7,7 +7,7 @@ __all__ = ['FORMAT_VERSION', 'KEEP', 'FILES', 'optimizer_tensors', 'load_optimiz
            'environment', 'make_manifest', 'save_checkpoint', 'Found', 'damage', 'find_checkpoint', 'CheckpointError',
            'restore', 'changed_environment', 'save_weights', 'Checkpoint']
 
-# %% ../nbs/52_checkpoint.ipynb #2b5e9ae2
+# %% ../nbs/52_checkpoint.ipynb #5f8e73eb
 import hashlib
 import json
 import re
@@ -26,6 +26,7 @@ from .durable import create, make_dir, publish, remove, replace, sha256
 from .guard import tensor_bytes
 from .records import from_json, inside, read_plain
 from .run_layout import Run
+from .run_state import fence
 from .train_loop import Callback, Loop, StepResult, TrainState
 
 # %% ../nbs/52_checkpoint.ipynb #9970e434
@@ -132,15 +133,17 @@ def save_checkpoint(
 ) -> Path:  # Directory of the new generation
     "Write a complete checkpoint and move the pointer to it"
     folder, files = loop.run.path / "ckpts" / slot, files or snapshot(loop)
-    name = f"step_{loop.state.step:09d}"
+    name, attempt = f"step_{loop.state.step:09d}", loop.log.attempt
     text = json.dumps(make_manifest(loop, files), indent=1, allow_nan=False).encode()
-    staging, final = folder / f".{name}", folder / name
+    staging, final = folder / f".{name}-{attempt}", folder / name
+    fence(loop.run, attempt)
     for leftover in (staging, final):  # of a process that died here before
         remove(leftover)
     make_dir(staging)
     for file, data in files.items():
         create(staging / file, data)
     create(staging / "MANIFEST.json", text)
+    fence(loop.run, attempt)
     publish(staging, final)
     entry = {
         "step": loop.state.step,
@@ -150,6 +153,7 @@ def save_checkpoint(
     old = json_or_none(folder / "CURRENT.json")
     previous = {k: old[k] for k in entry} if old and old.get("dir") != name else None
     pointer = {"format_version": FORMAT_VERSION, **entry, "previous": previous}
+    fence(loop.run, attempt)
     replace(folder / "CURRENT.json", json.dumps(pointer, indent=1))
     for stale in sorted(folder.glob("step_*"))[: -(KEEP if slot == "last" else 1)]:
         remove(stale)
@@ -258,6 +262,7 @@ def save_weights(
     "Write the averaged weights as one portable file"
     about = {"run_id": loop.run.id, "step": str(loop.state.step), "weights": "ema"}
     data = dump_tensors(portable(loop.state.ema.model.state_dict()), metadata=about)
+    fence(loop.run, loop.log.attempt)
     return replace(loop.run.checkpoints_dir / f"{name}.safetensors", data)
 
 

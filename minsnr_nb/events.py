@@ -6,7 +6,7 @@
 __all__ = ['NAME', 'KINDS', 'EventError', 'check_name', 'as_number', 'event_line', 'rewind', 'EventLog', 'read_events',
            'to_frame', 'lifecycle']
 
-# %% ../nbs/12_events.ipynb #d5bfc9fb
+# %% ../nbs/12_events.ipynb #60eaad53
 import hashlib
 import json
 import math
@@ -20,6 +20,7 @@ from . import durable
 from .config import MinsnrError
 from .records import MAX_LINE, read_log
 from .run_dir import RESERVED, Run
+from .run_state import fence
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -120,6 +121,7 @@ class EventLog:
         "Append one event; the time is now when none is given"
         now = clock.time() if time is None else time
         line = event_line(step, kind, values, now, self.attempt)
+        fence(self.run, self.attempt)
         self._bytes += self._out.line(line)
         self._hash.update(line.encode() + b"\n")
         self._lines += 1

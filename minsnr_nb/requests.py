@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REQUESTS', 'YOUNG_NS', 'ask', 'Mailbox', 'save_now', 'sample_now', 'Stopped', 'Requests', 'catching']
 
-# %% ../nbs/53_requests.ipynb #194b69cc
+# %% ../nbs/53_requests.ipynb #84ef5d3e
 import os
 import signal
 import threading
@@ -22,6 +22,7 @@ from .durable import remove, replace
 from .events import lifecycle
 from .records import to_json, utc_now
 from .run_dir import Run
+from .run_state import fence
 from .show import save_png, tile
 from .train_loop import Callback, Loop, StepResult
 
@@ -48,11 +49,12 @@ class Mailbox:
 
     def __init__(self, run: Run):
         self.run, self._seen = run, -1
+        self._folder = str(run.requests)  # a path is put together once, not at every step
 
     def pending(self) -> list[str]:
         "Requests that wait, in the order of REQUESTS"
         try:
-            changed = os.stat(self.run.requests).st_mtime_ns
+            changed = os.stat(self._folder).st_mtime_ns
         except OSError:  # nobody can ask through a directory that is gone
             return []
         if changed == self._seen:
@@ -114,6 +116,7 @@ class Requests(Callback):
     def after_step(self, loop: Loop, result: StepResult) -> None:
         waiting = self.box.pending()
         if (waiting or self.signum) and torch.isfinite(result.weighted).all():
+            fence(self.run, self.attempt)
             for what in waiting:
                 self._serve(loop, what)
             if self.signum:

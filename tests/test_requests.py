@@ -90,3 +90,15 @@ def test_checkpoint_and_sample_while_training(config, whole, tmp_path):
     ]
     same = {k: v for k, v in digests(run.path).items() if not k.startswith("request")}
     assert same == digests(whole) and log_lines(run.path) == log_lines(whole)
+
+
+def test_a_process_that_was_taken_over_while_it_hung_writes_nothing_more(config, tmp_path):
+    child, run = start(config, tmp_path)
+    os.kill(child.pid, signal.SIGSTOP)
+    first = json.loads((run.attempts / "0001.json").read_text())
+    (run.attempts / "0002.json").write_text(json.dumps(first | {"attempt": 2, "host": "elsewhere"}))
+    files = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+    os.kill(child.pid, signal.SIGCONT)
+    _, said = child.communicate(timeout=60)
+    assert (child.returncode, said.count("\n")) == (1, 1) and "attempt 1 was taken over" in said
+    assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == files
