@@ -76,26 +76,28 @@ def _curve(name: str, lines: dict[str, list[tuple[int, float]]]) -> bytes:
     ax.legend(fontsize="x-small")
     return png(picture)
 
-# %% ../nbs/18_compare.ipynb #10f0fb2e
+# %% ../nbs/18_compare.ipynb #6d6f7a6c
 _HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Runs side by side</title>
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>body{font:14px/1.4 system-ui,sans-serif;margin:2em;max-width:75em}table{border-collapse:collapse}
 td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left;vertical-align:top}
-img{max-width:100%}td img{image-rendering:pixelated;width:16em}</style>"""
+img{max-width:100%}td img{image-rendering:pixelated;width:16em}
+.curves{display:flex;flex-wrap:wrap;gap:1em}</style>"""
+
+
+def _markup(x: Any) -> str:
+    "One value as HTML; bytes are a picture"
+    if isinstance(x, bytes):
+        return f'<img alt="" src="data:image/png;base64,{base64.b64encode(x).decode()}">'
+    text = x if isinstance(x, str) else "" if x is None else json.dumps(x)
+    return html.escape(text)
 
 
 def _table(rows: Iterable[Iterable], head: Iterable) -> str:
-    "An HTML table; a cell that is bytes is a picture"
-
-    def cell(x: Any) -> str:
-        if isinstance(x, bytes):
-            return f'<img alt="" src="data:image/png;base64,{base64.b64encode(x).decode()}">'
-        text = x if isinstance(x, str) else "" if x is None else json.dumps(x)
-        return html.escape(text)
-
-    top = "".join(f"<th>{cell(x)}</th>" for x in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell(x)}</td>' for x in row)}</tr>" for row in rows)
+    "An HTML table"
+    top = "".join(f"<th>{_markup(x)}</th>" for x in head)
+    body = "".join(f"<tr>{''.join(f'<td>{_markup(x)}</td>' for x in row)}</tr>" for row in rows)
     return f"<table><tr>{top}</tr>{body}</table>"
 
 # %% ../nbs/18_compare.ipynb #76d920b0
@@ -123,9 +125,12 @@ def _facts(run: Run) -> dict[str, Any]:
     facts = {"run": run.id, "state": derive_state(run), "steps": steps}
     facts |= {"commit": stamp["git"]["repo_sha"][:7], "changed": stamp["git"]["is_dirty"]}
     final = read_json(run.summary_path)["final"]
-    return facts | {k: v for k, v in final.items() if _shown(k)}
+    return facts | {k: v and float(f"{v:.4g}") for k, v in final.items() if _shown(k)}
 
 # %% ../nbs/18_compare.ipynb #d6eaa73f
+_OWN = "The objectives differ, so each train/loss has its own unit: compare probe/ and eval/."
+
+
 def compare_page(
     paths: Iterable[str | Path],  # Run directories, at least two
     out: str | Path,  # The HTML file to write
@@ -144,9 +149,13 @@ def compare_page(
     parts.append("<h2>Settings that differ</h2>")
     parts.append(_table([[k, *v] for k, v in diff.items()], ["key", *names]))
     parts.append("<h2>Curves</h2>")
+    if any(k.startswith(("loss", "objective", "density")) for k in diff):
+        parts.append(f"<p>{_OWN}</p>")
+    parts.append('<div class="curves">')
     for name in sorted({k for c in curves for k in c if _shown(k)}):
         lines = {n: c[name] for n, c in zip(names, curves, strict=True) if name in c}
-        parts.append(_table([[_curve(name, lines)]], [name]))
+        parts.append(_markup(_curve(name, lines)))
+    parts.append("</div>")
     parts.append("<h2>Samples of the same noise</h2>")
     parts.append(_table(_grids(runs), ["step", *names]))
     return durable.replace(Path(out), "\n".join(parts) + "</html>\n")
