@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FROZEN', 'Displaced', 'fence', 'set_status', 'read_status', 'beat', 'owner_of', 'derive_state', 'attempts_of',
-           'start_attempt', 'describe']
+           'refuse_owner', 'start_attempt', 'describe']
 
 # %% ../nbs/09_run_state.ipynb #cd5ce3c1
 import os
@@ -108,8 +108,10 @@ def attempts_of(run: Run) -> list[dict]:
     return [read_json(p) for p in sorted(run.attempts.glob("[0-9][0-9][0-9][0-9].json"))]
 
 
-def _refuse_owner(run: Run) -> None:
-    "An attempt that is still alive elsewhere keeps everybody else out"
+def refuse_owner(
+    run: Run,
+) -> None:
+    "Keep everybody out but the living process that writes to a run"
     state = derive_state(run)
     if state in TERMINAL or state == "lost":
         return
@@ -127,7 +129,7 @@ def start_attempt(
     "Claim a run for this process, exclusively"
     done = attempts_of(run)
     if done:
-        _refuse_owner(run)
+        refuse_owner(run)
     number = len(done) + 1
     facts = pulse((resumed_from or {}).get("step", 0), number) | {
         "started_at_utc": utc_now(),

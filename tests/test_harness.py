@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from minsnr_nb import api, checkpoint, durable
+from minsnr_nb import api, checkpoint, durable, runner
 from tests.harness import PARTS, damage, faults, power
 from tests.harness.lab import Lab
 
@@ -44,7 +44,7 @@ def test_without_the_rename_of_a_checkpoint_a_kill_is_found(lab, monkeypatch):
 
 
 def test_without_rewinding_the_log_a_resume_is_found(lab, monkeypatch):
-    monkeypatch.setattr(api, "rewind", lambda *_: 0)
+    monkeypatch.setattr(runner, "rewind", lambda *_: 0)
     ok, text = faults.operations(lab, most=60)
     assert not ok and "not the same bits" in text, text
 

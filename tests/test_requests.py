@@ -102,3 +102,12 @@ def test_a_process_that_was_taken_over_while_it_hung_writes_nothing_more(config,
     _, said = child.communicate(timeout=60)
     assert (child.returncode, said.count("\n")) == (1, 1) and "attempt 1 was taken over" in said
     assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == files
+
+
+def test_a_run_that_trains_cannot_be_evaluated_into_its_own_log(config, tmp_path):
+    child, run = start(config, tmp_path)
+    done = minsnr("eval", run.path)
+    child.kill()
+    child.communicate()
+    assert done.returncode == 2 and f"written by process {child.pid}" in done.stderr
+    assert '"eval"' not in run.metrics_path.read_text().split('"step": 150')[0]

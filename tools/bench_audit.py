@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from minsnr_nb import api, checkpoint, events
+from minsnr_nb import api, checkpoint, events, runner
 from minsnr_nb.requests import Requests
 
 spent: dict[str, float] = {}
@@ -31,10 +31,10 @@ def timed(owner, name: str, label: str) -> None:
 def main(steps: int) -> int:
     "Train with default settings and print each share"
     timed(Requests, "after_step", "requests")
-    timed(api.Heartbeat, "after_step", "heartbeat")
+    timed(runner.Heartbeat, "after_step", "heartbeat")
     timed(events.EventLog, "log", "log lines")
     timed(checkpoint, "make_manifest", "digests of checkpoints")
-    train = api.train
+    train = runner.train
     total = []
 
     def whole(loop):
@@ -42,7 +42,7 @@ def main(steps: int) -> int:
         train(loop)
         total.append(time.perf_counter() - start)
 
-    api.train = whole
+    runner.train = whole
     with tempfile.TemporaryDirectory() as root:
         api.train_run({"project": "bench", "train": {"steps": steps}}, run_root=Path(root))
     for label, seconds in spent.items():

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from minsnr_nb import api, durable
+from minsnr_nb import api, durable, runner
 from minsnr_nb.config import config_sha256
 from minsnr_nb.provenance import collect
 from minsnr_nb.run_layout import Run, check_run, create_run
@@ -42,7 +42,7 @@ class Lab:
         torch.set_num_threads(1)
         self.loaded = api.load(CONFIG)
         self.lab = api.build(self.loaded.cfg, "cpu")
-        data = [api._identity(x) for x in (self.lab.train, self.lab.test)]
+        data = [runner._identity(x) for x in (self.lab.train, self.lab.test)]
         facts = {"data": data, "seed": 0, "threads": 1, "mode": "strict"}
         self.stamp, self.files = collect(config_sha256=config_sha256(self.loaded.cfg), **facts)
 
@@ -51,7 +51,7 @@ class Lab:
         return create_run(root, "harness", **texts, provenance=self.stamp, files=self.files)
 
     def train(self, run: Run) -> Run:
-        return api._train(run, self.lab, api.quiet)
+        return runner.run_to_end(run, self.lab)
 
     def whole(self, root) -> Run:
         return self.train(self.create(root))
