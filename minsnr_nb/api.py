@@ -221,15 +221,16 @@ def sample_run(
         _only(("sampler",), lab.cfg, asked)
         lab = build(asked, device)
     images = lab.evaluator.draw(model, n, seed=seed)
-    picture = run.grids / f"sample_{weights}_seed{seed}_n{n}.png"
+    step, sampler = _weights_step(run, weights), lab.cfg.sampler
+    drawn = f"{weights}{step}_{sampler.name}{sampler.keywords.get('steps', '')}"
+    picture = run.grids / f"sample_{drawn}_seed{seed}_n{n}.png"
     with reopened(run):
         save_png(tile(images, ncols=max(1, round(n**0.5))), picture)
         if not save_predictions:
             return picture
         file = run.checkpoints_dir / f"{weights}.safetensors"
-        about = {"step": _weights_step(run, weights), "weights_sha256": sha256(file)}
-        sampler = {"name": lab.cfg.sampler.name} | lab.cfg.sampler.keywords
-        return store_samples(run, images, sampler, **about, weights=weights, seed=seed)
+        about = {"step": step, "weights_sha256": sha256(file), "weights": weights, "seed": seed}
+        return store_samples(run, images, {"name": sampler.name} | sampler.keywords, **about)
 
 # %% ../nbs/70_api.ipynb #e219eea0
 def fork_run(
