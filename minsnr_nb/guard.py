@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDTHS', 'MAX_HEADER', 'MAX_RANK', 'MAX_TENSORS', 'MAX_INFLATED', 'MAX_RATIO', 'MAX_MEMBERS', 'PICKLES', 'TOKENS',
            'FROM_FILE', 'Header', 'tensor_header', 'tensor_bytes', 'npz_problem', 'is_pickle', 'pickle_problem',
-           'secret_names', 'secret_problem', 'load_env']
+           'holds_token', 'secret_names', 'secret_problem', 'load_env']
 
 # %% ../nbs/05_guard.ipynb #68efd2a2
 import ast
@@ -257,13 +257,30 @@ def pickle_problem(
         return "an archive"
     return "a pickle" if is_pickle(head[: 1 << 16]) else None
 
+# %% ../nbs/05_guard.ipynb #ca10c742
+_USER = r"[^\s/:@\"'<>{}$]+"
+TOKENS = {  # what is looked for first, as plain text -> what it has to look like
+    **{f"gh{x}_": rf"\bgh{x}_[A-Za-z0-9]{{36}}\b" for x in "pousr"},
+    "github_pat_": r"\bgithub_pat_\w{50,}",
+    "glpat-": r"\bglpat-[\w-]{20,}",
+    "AKIA": r"\bAKIA[0-9A-Z]{16}\b",
+    "hf_": r"\bhf_[A-Za-z0-9]{30,}\b",
+    "sk-": r"\bsk-[A-Za-z0-9_-]{32,}",
+    "xox": r"\bxox[abprs]-[\w-]{20,}",
+    "AIza": r"\bAIza[\w-]{35}\b",
+    "eyJ": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
+    "PRIVATE KEY": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "://": rf"://{_USER}:{_USER}@",
+}
+
+
+def holds_token(
+    text: str,  # Of a file
+) -> bool:
+    "Whether something in a text has the form of a token, a key or a password in an address"
+    return any(hint in text and re.search(form, text) for hint, form in TOKENS.items())
+
 # %% ../nbs/05_guard.ipynb #b8f51b8a
-TOKENS = re.compile(
-    r"\bgh[pousr]_[A-Za-z0-9]{36}\b|\bgithub_pat_\w{50,}|\bglpat-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b"
-    r"|\bhf_[A-Za-z0-9]{30,}\b|\bsk-[A-Za-z0-9_-]{32,}|\bxox[abprs]-[\w-]{20,}|\bAIza[\w-]{35}\b"
-    r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-    r"|\b[a-z][a-z0-9+]*://[^\s/:@\"'<>{}$]+:[^\s/:@\"'<>{}$]+@"
-)
 FROM_FILE = "MINSNR_ENV_NAMES"  # the variables that `.env` gave, for the processes we start
 _TELLING = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
 
@@ -282,7 +299,7 @@ def secret_problem(
 ) -> str | None:  # What is secret about it; never the secret itself
     "Find tokens and the values of secret variables"
     text = data.decode("utf-8", "ignore")
-    if TOKENS.search(text):
+    if holds_token(text):
         return "something that looks like a secret"
     for name in secret_names(environ):
         if len(environ[name]) >= 8 and environ[name] in text:

@@ -8,7 +8,8 @@ Installed as the default engine through the `papermill.engine` entry point, so t
   nothing is written;
 - the kernel learns which notebook and parameters it serves (`MINSNR_PM`), so that its runs record a
   command that can be typed again;
-- the executed notebook is saved atomically and copied into every run it made;
+- the executed notebook is replaced as a whole at every save, also by papermill itself, and copied
+  into every run it made;
 - an expected error inside the kernel is one line on the terminal, not a page of traceback.
 
 Papermill imports this module in every process it starts: no torch, no work at import.
@@ -25,7 +26,7 @@ import click
 import nbformat
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from papermill.inspection import _infer_parameters
-from papermill.iorw import papermill_io
+from papermill.iorw import LocalHandler, papermill_io
 from papermill.translators import translate_parameters
 
 from minsnr_nb.config import nearest
@@ -71,8 +72,19 @@ def code_digest(nb) -> str:
     return hashlib.sha256("\n\0".join(code).encode()).hexdigest()
 
 
+class WholeFiles(LocalHandler):
+    "Papermill's way to local files, except that a notebook is replaced as a whole or not at all"
+
+    def write(self, buf, path):
+        target = Path(self._cwd or "", path).resolve()
+        if target.is_file() or (target.parent.is_dir() and not target.exists()):
+            replace(target, buf)
+        else:  # a device or a pipe; or a missing folder, which is told as ever
+            super().write(buf, path)
+
+
 class StudyManager(NotebookExecutionManager):
-    "Saves the notebook atomically, to the output path and into the runs"
+    "Keeps the notebook in the runs as well"
 
     runs_list: Path
 
@@ -80,15 +92,6 @@ class StudyManager(NotebookExecutionManager):
         "Run directories that the kernel has created so far"
         text = self.runs_list.read_text() if self.runs_list.exists() else ""
         return [Path(line) for line in text.splitlines() if Path(line).is_dir()]
-
-    def save(self, **kwargs):
-        if kwargs.get("nb"):
-            self.nb = kwargs["nb"]
-        text = nbformat.writes(self.nb) + "\n"
-        if self.output_path:
-            replace(self.output_path, text)
-        self.last_save_time = self.now()
-        return text
 
     def notebook_complete(self, **kwargs):
         "Close the record; cells that an interrupt kept from running are not called completed"
@@ -100,7 +103,8 @@ class StudyManager(NotebookExecutionManager):
 
     def keep(self) -> None:
         "Put a copy of the notebook into every run"
-        text = self.save()
+        self.save()
+        text = nbformat.writes(self.nb) + "\n"
         for run in self.runs():
             make_dir(run / "notebook")
             replace(run / "notebook" / "study.ipynb", text)
@@ -127,11 +131,11 @@ class StudyEngine(NBClientEngine):
             if "injected-parameters" in cell.metadata.get("tags", []):
                 cell.source = translate_parameters(kernel_name, "python", parameters, "Parameters")
         nb.metadata.papermill["parameters"] = parameters
-        # papermill has already moved to --cwd; paths on its command line are relative to the caller
-        home = Path(papermill_io.get_handler("local")._cwd or os.getcwd())
-        output = str(home / output_path) if output_path else None
+        files = papermill_io.get_handler(nb.metadata.papermill["output_path"])
+        if type(files) is LocalHandler:
+            files.__class__ = WholeFiles  # papermill writes once more after this engine returned
         manager = StudyManager(
-            nb, output_path=output, progress_bar=progress_bar, log_output=log_output,
+            nb, output_path=output_path, progress_bar=progress_bar, log_output=log_output,
             autosave_cell_every=autosave_cell_every,
         )  # fmt: skip
         with tempfile.TemporaryDirectory(prefix="minsnr-") as scratch:

@@ -7,7 +7,7 @@ __all__ = ['CHECKS', 'NEEDED', 'TEXTS', 'Check', 'check', 'check_run', 'contract
            'create_run', 'open_run', 'list_runs', 'write_summary', 'summarise', 'layout_table', 'beat', 'derive_state',
            'describe', 'read_status', 'set_status', 'start_attempt', 'attempts_of']
 
-# %% ../nbs/10_run_layout.ipynb #959b68db
+# %% ../nbs/10_run_layout.ipynb #0e37baa7
 import os
 import re
 import unicodedata
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from . import durable
 from .config import MAX_BYTES, ConfigError, MinsnrError, read_yaml
-from .guard import TOKENS, pickle_problem
+from .guard import holds_token, pickle_problem
 from .records import MAX_RECORD, inside, read_json, read_log, read_plain
 from minsnr_nb.run_dir import (  # noqa: F401
     LAYOUT,
@@ -345,7 +345,7 @@ def _no_pickle(run):
 def _secrets(run):
     for path in files_of(run):
         if path.suffix in TEXTS and path.stat().st_size <= MAX_RECORD:
-            if TOKENS.search(read_plain(path).decode("utf-8", "ignore")):
+            if holds_token(read_plain(path).decode("utf-8", "ignore")):
                 yield (
                     path.relative_to(run.path).as_posix(),
                     "holds something that looks like a secret",

@@ -180,6 +180,27 @@ def _tensors(header: dict, body: bytes, off: int = 0) -> bytes:
     return struct.pack("<q", len(text) + off) + text + body
 
 
+@st.composite
+def mutants(draw, whole: bytes) -> bytes:
+    "A sound document with a few accidents"
+    data = bytearray(whole)
+    for _ in range(draw(st.integers(1, 6))):
+        at, kind = draw(st.integers(0, len(data))), draw(st.sampled_from("flip insert cut double".split()))  # fmt: skip
+        if kind == "flip" and data:
+            data[at % len(data)] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "insert":
+            data[at:at] = draw(words).encode("utf-8", "surrogatepass")
+        elif kind == "cut":
+            del data[at : at + draw(st.integers(1, 20))]
+        else:
+            data[at:at] = bytes(data[at : at + 30])
+    return bytes(data)
+
+
+SOUND_LOG = b"".join(json.dumps({"step": i, "time": 1.5, "kind": "train", "attempt": 1, "train/loss": 1 / (i + 1)}).encode() + b"\n" for i in range(4))  # fmt: skip
+SOUND_TENSORS = _tensors({"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"step": "3"}}, bytes(24))  # fmt: skip
+
+
 # --- promises -------------------------------------------------------------------------------------
 
 
@@ -248,9 +269,12 @@ def promises(folder: Path, counts: Counter) -> dict[str, tuple[st.SearchStrategy
             counts[f"{name} refused"] += 1
             assert str(e) and "\0" not in str(e) and "\u202e" not in str(e), ascii(str(e))
 
-    def config_text(text):
-        (folder / "c.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
+    def config_bytes(data):
+        (folder / "c.yaml").write_bytes(data)
         only_ours("config", load_config, folder / "c.yaml")
+
+    def config_text(text):
+        config_bytes(text.encode("utf-8", "surrogatepass"))
 
     def config_mapping(data):
         only_ours("mapping", load_config, data if isinstance(data, dict) else {"seed": data})
@@ -291,6 +315,9 @@ def promises(folder: Path, counts: Counter) -> dict[str, tuple[st.SearchStrategy
 
     return {
         "config": (texts(), config_text),
+        "damaged config": (mutants(dump(Config()).encode()), config_bytes),
+        "damaged log": (mutants(SOUND_LOG), log),
+        "damaged tensors": (mutants(SOUND_TENSORS), tensors),
         "mapping": (st.one_of(known, values), config_mapping),
         "override": (
             st.builds(
@@ -346,9 +373,12 @@ def run(
 def part(lab, n: int) -> tuple[bool, str]:
     "The form that the harness calls"
     try:
-        return True, str(run(n))
+        figures = run(n)
     except Exception as e:
         return False, f"{type(e).__name__}: {e}"[:2000]
+    both = [f"{loader} {end}" for loader in ("config", "mapping", "log", "tensors") for end in ("accepted", "refused")]  # fmt: skip
+    ok = all(figures[x] for x in both) and figures["typos"] > n // 3
+    return ok and figures["slowest_refusal_ms"] < 100, str(figures)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 "The short form of `python -m tests.harness`, and proof that its parts can fail."
 
 import shutil
+import time
 
 import pytest
 
-from minsnr_nb import api, checkpoint, durable, runner
-from tests.harness import PARTS, damage, faults, power
+from minsnr_nb import checkpoint, durable, runner
+from tests.harness import PARTS, damage, faults, notebook, power
 from tests.harness.lab import Lab
 
 
@@ -39,13 +40,13 @@ def test_without_the_rename_of_a_checkpoint_a_kill_is_found(lab, monkeypatch):
         shutil.rmtree(staging)
 
     monkeypatch.setattr(checkpoint, "publish", in_place)
-    ok, text = faults.operations(lab, most=60)
+    ok, text = faults.operations(lab, most=30)
     assert not ok, text
 
 
 def test_without_rewinding_the_log_a_resume_is_found(lab, monkeypatch):
     monkeypatch.setattr(runner, "rewind", lambda *_: 0)
-    ok, text = faults.operations(lab, most=60)
+    ok, text = faults.operations(lab, most=30)
     assert not ok and "not the same bits" in text, text
 
 
@@ -56,11 +57,14 @@ def test_without_digests_damage_is_found(lab, monkeypatch):
     assert not ok and "no fallback" in text
 
 
-@pytest.mark.parametrize("text", ["project: ${", "seed: ${a", "project: a${b"])
-def test_a_reference_that_never_closes_is_one_clear_error(text, tmp_path):
-    from minsnr_nb.config import ConfigError, read_yaml
+def test_without_the_replacement_a_torn_notebook_is_found(lab, monkeypatch):
+    def in_place(self, buf, path):
+        with open(path, "w") as f:
+            f.write(buf[: len(buf) // 2])
+            f.flush()
+            time.sleep(0.003)
+            f.write(buf[len(buf) // 2 :])
 
-    (tmp_path / "c.yaml").write_text(text)
-    for source in (tmp_path / "c.yaml", read_yaml(text)[0]):
-        with pytest.raises(ConfigError):
-            api.load(source)
+    monkeypatch.setattr(notebook.pm_engine.WholeFiles, "write", in_place)
+    ok, text = notebook.notebook(lab, 20, 0)
+    assert not ok and "out.ipynb: NotJSONError" in text, text

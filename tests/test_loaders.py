@@ -1,4 +1,4 @@
-"The loaders against made-up and hostile input, in short; `python -m tests.harness` has the long form"
+"Proof that the harness against made-up and hostile input can fail"
 
 import pytest
 
@@ -6,26 +6,9 @@ from tests import hostile, property_loaders
 from tests.harness.lab import Lab
 
 
-def test_properties():
-    figures = property_loaders.run(100)
-    assert figures["slowest_refusal_ms"] < 100
-    for loader in ("config", "mapping", "log", "tensors"):  # both ways were tried
-        assert figures[f"{loader} accepted"] and figures[f"{loader} refused"]
-    assert figures["typos"] > 50
-
-
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
     return Lab().whole(tmp_path_factory.mktemp("runs")).path
-
-
-def test_hostile_files(healthy):
-    figures = hostile.run(healthy)
-    assert figures["passed"] == [] and figures["canary"], figures
-    assert figures["happened"] == [] and figures["opened"] == [] and figures["tried"] >= 130
-
-
-# --- teeth ----------------------------------------------------------------------------------------
 
 
 def test_a_loader_that_lets_an_error_through_is_found(monkeypatch):

@@ -2,7 +2,7 @@
 
 from tests import hostile, property_loaders
 
-from . import costs, damage, faults, power, races
+from . import costs, damage, faults, notebook, power, races
 
 # name: (part, its full size, its size in pytest)
 PARTS = {
@@ -14,10 +14,9 @@ PARTS = {
     "corruption": (damage.corruption, {"n": 500}, {"n": 3}),
     "creations": (races.creations, {"processes": 64, "each": 20}, {"processes": 8, "each": 5}),
     "leases": (races.leases, {"n": 1000}, {"n": 5}),
-    "loaders": (damage.loaders, {"n": 10_000}, {"n": 150}),
-    "hostile": (damage.hostile, {}, {}),
-    "properties": (property_loaders.part, {"n": 10_000}, {"n": 60}),
-    "corpus": (hostile.part, {}, {}),
+    "loaders": (property_loaders.part, {"n": 10_000}, {"n": 100}),
+    "hostile": (hostile.part, {}, {}),
+    "notebook": (notebook.notebook, {"n": 300, "real": 10}, {"n": 20, "real": 1}),
     "costs": (costs.costs, {"n": 5000}, {"n": 500}),
     "index": (costs.index, {"n": 10_000}, {"n": 300}),
 }

@@ -9,7 +9,6 @@ import tempfile
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -24,15 +23,6 @@ CONFIG = {
     "train": {"steps": 8, "batch_size": 8, "log_every": 1, "checkpoint_every": 2},
     "callbacks": [{"name": "grad_norm"}, {"name": "log_events"}, {"name": "checkpoint"}],
 }
-
-
-class Figure(NamedTuple):
-    "One line of the table"
-
-    name: str
-    ok: bool
-    text: str
-    seconds: float
 
 
 class Lab:
