@@ -8,6 +8,7 @@ import signal
 import tempfile
 import time
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -34,11 +35,12 @@ class Lab:
         self.lab = api.build(self.loaded.cfg, "cpu")
         data = [runner._identity(x) for x in (self.lab.train, self.lab.test)]
         facts = {"data": data, "seed": 0, "threads": 1, "mode": "strict"}
-        self.stamp, self.files = collect(config_sha256=config_sha256(self.loaded.cfg), **facts)
-
-    def create(self, root) -> Run:
+        stamp, files = collect(config_sha256=config_sha256(self.loaded.cfg), **facts)
         texts = {"config_text": self.loaded.composed, "resolved_text": self.loaded.resolved}
-        return create_run(root, "harness", **texts, provenance=self.stamp, files=self.files)
+        self.parts = texts | {"provenance": stamp, "files": files}
+
+    def create(self, root, moment: datetime | None = None) -> Run:
+        return create_run(root, "harness", **self.parts, stamp=moment)
 
     def train(self, run: Run) -> Run:
         return runner.run_to_end(run, self.lab)
