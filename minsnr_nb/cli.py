@@ -421,16 +421,25 @@ def _take_env() -> None:
         load_env(path)
 
 
+def _parsed(argv: list[str] | None) -> argparse.Namespace:
+    "Read the words; settings may stand on both sides of an option"
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (any(w.startswith("-") for w in rest) or not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if hasattr(args, "overrides"):
+        args.overrides += rest
+    if args.verb == "eval":
+        files = [w for w in args.overrides if "=" not in w]
+        args.config, args.overrides = (files or [None])[0], [w for w in args.overrides if "=" in w]
+    return args
+
+
 def main(
     argv: list[str] | None = None,  # Words after `minsnr`
 ) -> int:  # Exit code: 0 done, 1 failed, 2 wrong request
     "Run the command line"
-    args = _parser().parse_args(argv)
-    if getattr(args, "overrides", None) and args.verb == "eval":
-        files = [w for w in args.overrides if "=" not in w]
-        args.config, args.overrides = (files or [None])[0], [w for w in args.overrides if "=" in w]
-    elif args.verb == "eval":
-        args.config = None
+    args = _parsed(argv)
     try:
         _take_env()
         return args.run_verb(args)

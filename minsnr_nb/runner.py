@@ -6,7 +6,7 @@
 __all__ = ['STREAMS', 'new_run', 'tell_papermill', 'Heartbeat', 'RunFailed', 'recorded', 'threads', 'make_loop', 'quiet',
            'run_to_end', 'close']
 
-# %% ../nbs/67_runner.ipynb #f4ff75ff
+# %% ../nbs/67_runner.ipynb #19736c1d
 import json
 import os
 import time
@@ -27,6 +27,7 @@ from .evaluate import report
 from .events import EventLog, lifecycle, rewind
 from .lab import Lab
 from .provenance import collect, project_root, settings, source_digest
+from .records import places_in
 from .requests import Requests, Stopped, catching
 from .run_dir import Run, create_run, write_summary
 from .run_state import beat, fence, set_status, start_attempt
@@ -34,6 +35,9 @@ from .seal import seal, unseal
 from .train_loop import Callback, Loop, NonFiniteLoss, StepResult, train
 
 # %% ../nbs/67_runner.ipynb #63bcb622
+_ELSEWHERE = "give it relative to the data directory (`data` in settings.ini, or MINSNR_DATA)"
+
+
 def new_run(
     loaded: Loaded,  # From `load`
     lab: Lab,  # From `build`
@@ -43,6 +47,8 @@ def new_run(
 ) -> Run:
     "Create the run directory"
     cfg = loaded.cfg
+    for key, place in places_in(cfg.model_dump(mode="json")):
+        raise ConfigError(f"{key}: {place!r} is a place on this machine; {_ELSEWHERE}")
     provenance, files = collect(
         config_sha256=config_sha256(cfg),
         data=[_identity(images) for images in (lab.train, lab.test)],

@@ -33,13 +33,12 @@ EXCLUDED = (
 
 def inventory(
     run: Run,
-    excluded: tuple[str, ...] | list[str] = EXCLUDED,  # Glob patterns on relative paths
 ) -> dict[str, dict]:  # Relative path -> {relpath, bytes, sha256}
     "List the files of a run with their digests"
     out = {}
     for path in files_of(run):
         name = path.relative_to(run.path).as_posix()
-        if not any(fnmatch(name, pattern) for pattern in excluded):
+        if not any(fnmatch(name, pattern) for pattern in EXCLUDED):
             facts = {"bytes": path.stat().st_size, "sha256": durable.sha256(path)}
             out[name] = {"relpath": name} | facts
     return out
@@ -60,7 +59,7 @@ def seal(
     "Note the digest of every file of a finished run"
     if (state := derive_state(run)) != "completed":
         raise ConfigError(f"{run.path}: is {state}; only a completed run can be sealed")
-    checks = check_run(run.path, "L2")
+    checks = check_run(run.path)
     if bad := [c for c in checks if not c.ok]:
         raise MinsnrError(f"{run.path}: not sealed: {bad[0].id} {bad[0].path}: {bad[0].message}")
     head = {"schema_version": 1, "generated_at_utc": utc_now(), "algorithm": "sha256"}
@@ -94,8 +93,10 @@ def seal_problems(run: Run) -> Iterator[tuple[str, str]]:
         yield "meta/manifest.json", "is not the one that was sealed"
         return
     listed = read_json(manifest)
+    if listed["excluded"] != list(EXCLUDED):
+        yield "meta/manifest.json", "leaves out other files than a seal may"
     then = {e["relpath"]: e for e in listed["entries"]}
-    now = inventory(run, listed["excluded"])
+    now = inventory(run)
     for name in sorted(then.keys() | now.keys()):
         if name not in now:
             yield name, "is missing since the run was sealed"

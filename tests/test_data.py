@@ -16,6 +16,7 @@ from minsnr_nb.config import ConfigError
 from minsnr_nb.data import DATASETS, ImageSet, find, order
 from minsnr_nb.image_files import cache_dir, cached, held_out, npy_parts, read_image
 from minsnr_nb.seeds import stream
+from tests.runs import ROOT, run_dir, typed
 
 RNG = np.random.default_rng(0)
 
@@ -167,6 +168,24 @@ def test_a_relative_path_means_the_callers_directory_first(tmp_path, monkeypatch
     assert find("z.zip", tmp_path / "root") == (tmp_path / "root" / "z.zip").resolve()
     with pytest.raises(ConfigError, match="data.path: nothing at ''"):
         find("", tmp_path / "root")
+
+
+def test_a_config_names_no_place_on_this_machine(tmp_path, capsys, monkeypatch):
+    make_zip(tmp_path / "z.zip", PLAIN)
+    runs, words = tmp_path / "runs", ["train.steps=1", "eval.samples=10"]
+    command = ["train", ROOT / "configs/smoke.yaml", *words, "--run-root", runs]
+    data = "data={{name: image_folder, path: '{}'}}"
+    refused = typed(capsys, *command, data.format(tmp_path / "z.zip"))
+    assert (
+        refused.returncode == 2
+        and "data.path" in refused.stderr
+        and "MINSNR_DATA" in refused.stderr
+    )
+    assert not runs.exists()
+    monkeypatch.setenv("MINSNR_DATA", str(tmp_path))
+    done = typed(capsys, *command, data.format("z.zip"))
+    assert done.returncode == 0, done.stderr
+    assert typed(capsys, "check", run_dir(done.stdout), "--level", "L3").returncode == 0
 
 
 def test_a_changed_image_is_decoded_again(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from minsnr_nb import durable
 from minsnr_nb.config import ConfigError
 from minsnr_nb.events import EventLog, lifecycle, read_events
 from minsnr_nb.run_layout import (
-    attempts_of,
     check_run,
     contract_report,
     create_run,
@@ -121,27 +119,6 @@ def test_killed_at_every_call_of_creation(tmp_path):
     assert at > 80 and seen == {0, 1}  # before the rename nothing, after it everything
 
 
-def test_killed_at_random_instants(tmp_path):
-    "SIGKILL from outside, 40 times, while runs are made as fast as possible"
-    start = time.perf_counter()
-    make(tmp_path)
-    each, rng = time.perf_counter() - start, random.Random(0)
-
-    def forever():
-        while True:
-            make(tmp_path, stamp=None)
-
-    for _ in range(40):
-        pid = fork(forever)
-        time.sleep(rng.uniform(0, 5 * each))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    paths = visible(tmp_path)
-    assert len(paths) > 20
-    assert [p for p in paths if failed(p)] == []
-    assert len({r.provenance()["run_id"] for r in list_runs(tmp_path)}) == len(paths)
-
-
 def test_killed_while_logging_then_resumed(tmp_path):
     "The torn lines of both logs are kept aside, and the run passes again"
     run = make(tmp_path)
@@ -188,52 +165,6 @@ def test_killed_between_a_generation_and_its_pointer(tmp_path):
 
 
 # --- racing ---------------------------------------------------------------------------------------
-
-
-def test_many_creations_in_one_second(tmp_path):
-    code = """
-import sys; sys.path.insert(0, sys.argv[2])
-from tests.test_run_layout import make
-sys.stdin.readline()
-for _ in range(10): print(make(sys.argv[1]).id)
-"""
-    racers = [python(code, tmp_path, ROOT) for _ in range(6)]
-    for p in racers:
-        p.stdin.write("go\n")
-        p.stdin.flush()
-    out = [p.communicate() for p in racers]
-    ids = [name for text, _ in out for name in text.split()]
-    assert len(ids) == len(set(ids)) == 60, [e for _, e in out]
-    assert sorted(ids) == sorted(r.id for r in list_runs(tmp_path))
-    assert [r.id for r in list_runs(tmp_path) if failed(r.path)] == []
-    assert list((tmp_path / "p").glob(".*")) == []
-
-
-def test_one_of_many_resumes_wins(tmp_path):
-    "Six processes resume a lost run at once: one owner, the others are told who"
-    run = make(tmp_path)
-    assert in_child(lambda: start_attempt(run)) == 0
-    code = """
-import sys
-from minsnr_nb.config import ConfigError
-from minsnr_nb.run_layout import open_run, start_attempt
-run = open_run(sys.argv[1]); print("ready", flush=True); sys.stdin.readline()
-try: print("won", start_attempt(run), flush=True)
-except ConfigError as e: print("refused", e, flush=True)
-sys.stdin.readline()
-"""
-    racers = [python(code, run.path) for _ in range(6)]
-    for p in racers:
-        p.stdout.readline()
-    for p in racers:
-        p.stdin.write("go\n")
-        p.stdin.flush()
-    said = [p.stdout.readline() for p in racers]
-    for p in racers:
-        p.communicate("end\n")
-    assert [s for s in said if s.startswith("won")] == ["won 2\n"], said
-    assert sum("written by process" in s or "just claimed" in s for s in said) == 5, said
-    assert len(attempts_of(run)) == 2
 
 
 def test_a_suspended_process_is_not_lost(tmp_path):
