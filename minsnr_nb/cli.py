@@ -216,18 +216,15 @@ def compare(args: argparse.Namespace) -> int:
 
 def repro(args: argparse.Namespace) -> int:
     "Run an old run again from its record and compare: minsnr repro RUN --verify"
-    from minsnr_nb.repro import package_changes, verify
-    from minsnr_nb.run_layout import open_run
+    from minsnr_nb.repro import verify
 
     if not args.verify:
         raise ConfigError("repro: add --verify; training again without comparing is `minsnr train`")
-    for change in package_changes(open_run(args.run)):
-        _warn(f"package {change}")
-    step, difference = verify(args.run, device=args.device)
+    step, difference = verify(args.run, device=args.device, here=args.here, tell=_warn)
     print(difference or f"identical to step {step}")
     return 1 if difference else 0
 
-# %% ../nbs/71_cli.ipynb #57909153
+# %% ../nbs/71_cli.ipynb #a100ee2d
 _A_RUN = ("run", {"help": "run directory"})
 _SET = ("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings, applied last"})
 _WHERE = [
@@ -249,7 +246,12 @@ RUN_VERBS = (
     (
         "repro",
         repro,
-        [_A_RUN, ("--verify", {"action": "store_true", "help": "compare both"}), _WHERE[0]],
+        [
+            _A_RUN,
+            ("--verify", {"action": "store_true", "help": "compare both"}),
+            ("--here", {"action": "store_true", "help": "in the present environment, not its own"}),
+            _WHERE[0],
+        ],
     ),
     ("export", export, [_A_RUN, ("--dest", {"help": "nbs/docs/assets when not given"})]),
     (

@@ -1,11 +1,14 @@
 "What a finished run promises afterwards: its seal, its predictions, its promotion, its copies."
 
 import json
+import os
 import shutil
+import sys
 import tarfile
 
 import pytest
 
+from minsnr_nb.provenance import freeze
 from minsnr_nb.run_layout import open_run
 from minsnr_nb.seal import audit, is_sealed
 from tests.runs import SMALL, run_dir, typed
@@ -219,3 +222,22 @@ def test_an_old_run_repeats_to_the_last_bit(finished, copy, capsys):
     assert done.returncode == 1 and done.stdout.startswith(
         "first difference at step 8: train/loss: "
     )
+
+
+def test_changed_packages_are_taken_from_the_runs_own_lock(finished, capsys, monkeypatch, tmp_path):
+    uv = tmp_path / "uv"
+    uv.write_text(
+        f"#!/bin/sh\necho $* >> {tmp_path}/words\nmkdir -p env/bin\n"
+        f"printf '#!/bin/sh\\nexec {sys.executable} \"$@\"' > env/bin/python\nchmod +x env/bin/python\n"
+    )
+    uv.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("minsnr_nb.repro.freeze", lambda: freeze() + "another==1\n")
+    done = typed(capsys, "repro", finished, "--verify")
+    assert done.stdout.strip() == "identical to step 12" and done.returncode == 0, done.stderr
+    assert "changed: another: absent then, 1 now" in done.stderr
+    asked = (tmp_path / "words").read_text().splitlines()
+    assert len(asked) == 2 and asked[1].endswith("meta/requirements.lock")
+    done = typed(capsys, "repro", finished, "--verify", "--here")
+    assert done.stdout.strip() == "identical to step 12" and "another" in done.stderr
+    assert len((tmp_path / "words").read_text().splitlines()) == 2
