@@ -190,9 +190,13 @@ def go_on(args: argparse.Namespace) -> int:
 # %% ../nbs/71_cli.ipynb #93c5cb60
 def export(args: argparse.Namespace) -> int:
     "Copy the small part of a run that may leave the machine: minsnr export RUN"
+    from minsnr_nb.contract_tree import write_tree
     from minsnr_nb.export_run import export_run
     from minsnr_nb.provenance import project_root
 
+    if args.tree:
+        print(write_tree(args.run, args.tree))
+        return 0
     print(export_run(args.run, args.dest or project_root() / "nbs" / "docs" / "assets"))
     return 0
 
@@ -224,7 +228,7 @@ def repro(args: argparse.Namespace) -> int:
     print(difference or f"identical to step {step}")
     return 1 if difference else 0
 
-# %% ../nbs/71_cli.ipynb #a100ee2d
+# %% ../nbs/71_cli.ipynb #68c4c5e4
 _A_RUN = ("run", {"help": "run directory"})
 _SET = ("overrides", {"nargs": "*", "metavar": "key=value", "help": "settings, applied last"})
 _WHERE = [
@@ -253,7 +257,18 @@ RUN_VERBS = (
             _WHERE[0],
         ],
     ),
-    ("export", export, [_A_RUN, ("--dest", {"help": "nbs/docs/assets when not given"})]),
+    (
+        "export",
+        export,
+        [
+            _A_RUN,
+            ("--dest", {"help": "nbs/docs/assets when not given"}),
+            (
+                "--tree",
+                {"metavar": "DIR", "help": "instead, all that contract B names, in DIR/runs"},
+            ),
+        ],
+    ),
     (
         "promote",
         promote,

@@ -14,7 +14,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,6 +29,7 @@ __all__ = [
     "digest",
     "make_dir",
     "publish",
+    "publish_files",
     "remove",
     "remove_empty",
     "replace",
@@ -244,6 +245,20 @@ def publish(staging, final) -> Path:
             os.rename(final, staging)  # not durable: better not there at all
             raise
     return final
+
+
+def publish_files(final, files: Mapping[str, Data]) -> Path:
+    "Make a directory of files visible at once, or leave nothing; a name ending in / is a directory"
+    final = Path(final)
+    staging = _hidden_beside(final, "new")
+    try:
+        for name, data in files.items():
+            make_dir(staging / name if name.endswith("/") else (staging / name).parent)
+            if not name.endswith("/"):
+                create(staging / name, data)
+        return publish(staging, final)
+    finally:
+        remove(staging)
 
 
 def remove(path) -> None:

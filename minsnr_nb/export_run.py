@@ -6,17 +6,18 @@
 __all__ = ['DOCUMENTS', 'PICTURES', 'MAX_FILE', 'MAX_RUN', 'PRIVATE', 'without_places', 'redact', 'refuse_unsafe', 'report_page',
            'ro_crate', 'thinned', 'metrics_csv', 'export_run']
 
-# %% ../nbs/13_export_run.ipynb #839d68fe
+# %% ../nbs/13_export_run.ipynb #c431d62c
 import base64
 import csv
 import html
 import io
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import mistune
 
 from . import durable
 from .config import ConfigError, MinsnrError
@@ -74,13 +75,17 @@ _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Report</t
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>body{font:14px/1.4 system-ui,sans-serif;margin:2em;max-width:60em}pre{white-space:pre-wrap}
-pre.code{background:#f4f4f4;padding:.6em}img{max-width:100%}</style>"""
+pre.code{background:#f4f4f4;padding:.6em}img{max-width:100%}
+table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em}</style>"""
+
+
+_MARKDOWN = mistune.create_markdown(escape=True, plugins=["table"])
 
 
 def _text(value: Any) -> str:
-    "A text of a notebook, which may be stored as lines, made harmless"
+    "A text of a notebook, which may be stored as lines, without places and control sequences"
     text = "".join(map(str, value)) if isinstance(value, list) else str(value or "")
-    return html.escape(without_places(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)))
+    return without_places(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text))
 
 
 def _image(data: Any) -> str:
@@ -101,15 +106,16 @@ def report_page(
     "Show a notebook's texts and pictures"
     parts = [_PAGE]
     for cell in notebook["cells"]:
-        kind = "code" if cell["cell_type"] == "code" else "text"
-        parts.append(f'<pre class="{kind}">{_text(cell["source"])}</pre>')
+        text = _text(cell["source"])
+        code = cell["cell_type"] != "markdown"
+        parts.append(f'<pre class="code">{html.escape(text)}</pre>' if code else _MARKDOWN(text))
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             picture = _image(data.get("image/png", ""))
             if picture and sum(map(len, parts)) + len(picture) < most // 2:
                 parts.append(picture)
             elif text := out.get("text") or data.get("text/plain"):
-                parts.append(f"<pre>{_text(text)}</pre>")
+                parts.append(f"<pre>{html.escape(_text(text))}</pre>")
     return "\n".join(parts) + "</html>\n"
 
 # %% ../nbs/13_export_run.ipynb #c92599dc
@@ -227,12 +233,4 @@ def export_run(
     final = Path(dest) / run.provenance()["run_id"]
     if os.path.lexists(final):
         raise ConfigError(f"{final}: exists already; remove it or choose another place")
-    durable.make_dir(final.parent)
-    staging = final.parent / f".new-{final.name}-{secrets.token_hex(4)}"
-    try:
-        for name, data in files.items():
-            durable.make_dir((staging / name).parent)
-            durable.create(staging / name, data)
-        return durable.publish(staging, final)
-    finally:
-        durable.remove(staging)
+    return durable.publish_files(final, files)

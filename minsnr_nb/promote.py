@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['NAME', 'COPIED', 'Model', 'versions', 'find_model', 'promote', 'write_index']
 
-# %% ../nbs/16_promote.ipynb #28b8bc3e
+# %% ../nbs/16_promote.ipynb #5e09e65b
 import re
-import secrets
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,21 +140,14 @@ def promote(
 
 def _publish(home: Path, files: dict[str, bytes], card: dict) -> Path:
     "Make the next version visible; a rival who was faster gets the lower number"
-    durable.make_dir(home)
     while True:
         number = max(versions(home.parent, home.name), default=0) + 1
-        staging = home / f".new-{number}-{secrets.token_hex(4)}"
+        about = {"card.json": to_json(card | {"version": number})}
         try:
-            durable.make_dir(staging)
-            for file, data in files.items():
-                durable.create(staging / file, data)
-            durable.create(staging / "card.json", to_json(card | {"version": number}))
-            return durable.publish(staging, home / str(number))
+            return durable.publish_files(home / str(number), files | about)
         except durable.DurableError:
             if not (home / str(number)).exists():
                 raise
-        finally:
-            durable.remove(staging)
 
 # %% ../nbs/16_promote.ipynb #3a65c9fb
 def write_index(
