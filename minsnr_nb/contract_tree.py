@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['REQUIRED', 'FOLDERS', 'literal_problems', 'write_tree']
 
-# %% ../nbs/16_contract_tree.ipynb #db46dd27
+# %% ../nbs/16_contract_tree.ipynb #1f875fb3
+import json
 import os
 import re
 from collections.abc import Iterator

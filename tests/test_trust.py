@@ -112,6 +112,25 @@ def test_export_is_small_redacted_and_described(finished, tmp_path, capsys):
     assert str(finished.parent).encode() not in text and sum(map(len, (text,))) < 10 << 20
 
 
+def test_a_tree_to_the_letter(copy, tmp_path, capsys):
+    from minsnr_nb.contract_tree import literal_problems
+
+    assert typed(capsys, "sample", copy, "--n", "4", "--save-predictions").returncode == 0
+    done = typed(capsys, "export", copy, "--tree", tmp_path / "b")
+    tree = tmp_path / "b/runs/tests" / copy.name
+    assert done.stdout.strip() == str(tree) and list(literal_problems(tree)) == []
+    frames = list(tree.glob("artifacts/predictions/*/frame_*.npz"))
+    weights = (tree / "artifacts/checkpoints/last.safetensors").read_bytes()
+    assert (
+        len(frames) == 4
+        and weights == open_run(copy).checkpoints_dir.joinpath("last.safetensors").read_bytes()
+    )
+    assert (tree / "requirements.lock").is_file() and not (tree / "meta").exists()
+    moved = shutil.move(tmp_path / "b", tmp_path / "c") / f"runs/tests/{copy.name}"
+    assert list(literal_problems(moved)) == []
+    assert typed(capsys, "export", copy, "--tree", tmp_path / "c").returncode == 2
+
+
 def test_a_secret_stops_the_export(copy, tmp_path, capsys):
     (copy / "config.yaml").chmod(0o644)
     (copy / "config.yaml").write_text("token: hf_" + "x" * 34)
