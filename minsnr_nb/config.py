@@ -378,6 +378,21 @@ def _put(data: Any, path: tuple, value: Any, source: str) -> None:
             f"{source}: {'.'.join(map(str, path))}: no such place in the list"
         ) from None
 
+# %% ../nbs/00_config.ipynb #037525f6
+def _rename(data: Any, path: tuple, name: Any) -> None:
+    "Drop the keywords of an entry that is about to be replaced"
+    for part in path[:-1]:
+        known = part in data if isinstance(data, dict) else type(part) is int and part < len(data)
+        data = data[part] if isinstance(data, (dict, list)) and known else None
+        if not isinstance(data, (dict, list)):
+            return
+    section = Config.model_fields.get(path[0])
+    own = getattr(section and section.annotation, "model_fields", {})
+    default = own["name"].default if "name" in own and not own["name"].is_required() else name
+    if isinstance(data, dict) and data.get("name", default) != name:
+        for key in data.keys() - own.keys():
+            del data[key]
+
 # %% ../nbs/00_config.ipynb #dd261266
 @contextmanager
 def _told(source: str):
@@ -564,8 +579,11 @@ def load_config(
             data.pop(section, None)
         data = _merge(data, new, name)
         where |= places
-    for text in overrides:
-        path, value = parse_override(text)
+    asked = [parse_override(text) for text in overrides]
+    for path, value in asked:
+        if path[-1] == "name":
+            _rename(data, path, value)
+    for path, value in asked:
         _put(data, path, value, f"{'.'.join(map(str, path))}=")
         where[path] = "override"
         log.append({"key": ".".join(map(str, path)), "value": value, "source": "override"})

@@ -323,7 +323,10 @@ def promises(folder: Path, counts: Counter) -> dict[str, tuple[st.SearchStrategy
             st.builds(
                 "{}={}".format,
                 st.one_of(
-                    words, st.sampled_from(["train.steps", "seed", "loss.name", "metrics.0.name"])
+                    words,
+                    st.sampled_from(
+                        ["train.steps", "seed", "loss.name", "metrics.0.name", "optim.name", "name"]
+                    ),
                 ),
                 st.one_of(words, st.integers(0, 99)),
             ),
