@@ -307,6 +307,11 @@ BROKEN = {
         add("notes.md", "https://me:tok" + "en@git.somewhere.org/x.git"),
         "like a secret",
     ),
+    "password of an example": (
+        "hygiene",
+        add("notes.md", "https://me:tok" + "en@example.org/x.git"),
+        "write it in two parts",
+    ),
     "conflict": ("hygiene", add("README.md", "<<<" + "<<<< ours\n"), "merge conflict"),
     "link that leaves": (
         "hygiene",

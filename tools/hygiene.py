@@ -11,6 +11,8 @@ from pathlib import Path
 
 from _report import main
 
+from minsnr_nb.guard import secret_problem
+
 MAX_BYTES = 1_000_000
 MAX_OUTPUT, MAX_OUTPUTS = 150_000, 300_000  # characters of one stored output, of all in a notebook
 BANNED = set(
@@ -96,7 +98,10 @@ def findings(root: Path) -> Iterator[str]:
             inside = path.resolve().is_relative_to(root.resolve())
             found += [] if inside else ["a link that leaves the repository"]
         elif path.is_file():
-            found += content(name, path.read_bytes())
+            data = path.read_bytes()
+            found += content(name, data)
+            if problem := secret_problem(data, {}):  # an example too: the patch of a run holds it
+                found.append(f"holds {problem}; write it in two parts")
         yield from (f"{name}: {line}" for line in found)
 
 
