@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['keyword_model', 'Registry', 'check', 'bind', 'table', 'load_plugins']
 
-# %% ../nbs/01_registry.ipynb #abba2619
+# %% ../nbs/01_registry.ipynb #775eddfb
 import inspect
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import entry_points
 from typing import Callable, Iterator
 
@@ -16,6 +16,7 @@ from pydantic import BaseModel, create_model
 from .config import ConfigError, Strict, frozen, nearest, problems
 
 # %% ../nbs/01_registry.ipynb #813f7bb3
+@cache
 def keyword_model(
     entry: Callable,  # A function, or a class (its `__init__`)
 ) -> type[BaseModel]:  # Strict model of its keyword-only parameters
