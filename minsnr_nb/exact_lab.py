@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Source', 'exact_model', 'Estimate', 'LevelErrors', 'estimate', 'spread_levels', 'excess_loss', 'SmallNet', 'Fits',
-           'stacked_tables', 'draw_all', 'members_loss', 'fit', 'Shares', 'counts', 'shares', 'GaussianLine', 'hats',
-           'redraw', 'gradient_noise', 'optimal_probs', 'sample_gradients', 'Gradients', 'gradients_by_bin',
-           'NoiseView', 'noise_view', 'level_moments']
+           'stacked_tables', 'draw_all', 'members_loss', 'fit', 'Shares', 'shares', 'GaussianLine', 'hats', 'redraw',
+           'gradient_noise', 'optimal_probs', 'sample_gradients', 'Gradients', 'gradients_by_bin', 'NoiseView',
+           'noise_view', 'level_moments']
 
-# %% ../nbs/64_exact_lab.ipynb #a7bd79c4
+# %% ../nbs/64_exact_lab.ipynb #d4ba2377
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from torch.func import functional_call, grad, vmap
 from .config import ConfigError
 from .density import Density
 from .diffusion import SIGMA_DATA, Prediction, add_noise, convert, mixture, target
-from .objective import Objective, SnrBins, evaluating, probe_questions
+from .objective import Objective, SnrBins, counts, evaluating, probe_questions
 from .schedule import NoiseSchedule
 from .seeds import Stream, fixed_torch, stream
 from .toy import Empirical, Gaussian, GaussianMixture
@@ -41,8 +41,7 @@ def exact_model(
 
     def model(x_t: Tensor, t: Tensor) -> Tensor:
         best = source.denoise(x_t, t, schedule)
-        how = {"source": "x0", "to": prediction, "sigma_data": sigma_data}
-        return convert(best, x_t, t, schedule, **how)
+        return convert(best, x_t, t, schedule, source="x0", to=prediction, sigma_data=sigma_data)
 
     return model
 
@@ -176,9 +175,8 @@ def stacked_tables(
     "Write every objective as five numbers for each level"
     rows = []
     for o in objectives:
-        on_x0, on_eps = mixture(o.prediction, o.schedule, o.sigma_data)
-        weight = o.weight if o.density.factor is None else o.weight * o.density.factor
-        rows.append((o.schedule.signal, o.schedule.noise, on_x0, on_eps, weight))
+        targets = mixture(o.prediction, o.schedule, o.sigma_data)
+        rows.append((o.schedule.signal, o.schedule.noise, *targets, counts(o)[1]))
     names = ("signal", "noise", "on_x0", "on_eps", "weight")
     columns = zip(names, zip(*rows, strict=True), strict=True)
     return {name: torch.stack(column).float() for name, column in columns}
@@ -258,15 +256,6 @@ class Shares(NamedTuple):
     noise: Tensor  # Of the gradient noise at the optimum, (T,)
 
 
-def counts(
-    objective: Objective,  # Weight, density and its factor
-) -> tuple[Tensor, Tensor]:  # Probability and total factor of each level, (T,), float64
-    "Read how often a level is drawn and how much it then counts"
-    probs, weight = objective.density.probs, objective.weight.double().cpu()
-    factor = objective.density.factor
-    return probs, weight if factor is None else weight * factor
-
-
 def shares(
     objective: Objective,  # Weight and density
     floor: Tensor,  # Smallest loss at each level, in the objective's prediction, (T,)
@@ -328,9 +317,8 @@ class GaussianLine:
         "Solve for the best parameters"
         probs, weight = counts(objective)
         rows = (probs * weight)[:, None] * self.basis
-        return torch.linalg.solve(
-            rows.T @ (self.variance[:, None] * self.basis), rows.T @ self.schedule.noise
-        )
+        squares = rows.T @ (self.variance[:, None] * self.basis)
+        return torch.linalg.solve(squares, rows.T @ self.schedule.noise)
 
 # %% ../nbs/64_exact_lab.ipynb #b3e82ff3
 def hats(
@@ -387,15 +375,14 @@ def sample_gradients(
 ) -> Tensor:  # Gradient of each sample's unweighted loss, (B, P)
     "Compute a gradient for every sample"
     params = {name: p.detach() for name, p in model.named_parameters()}
+    x_t = add_noise(x0, eps, t, schedule)
     wanted = target(prediction, x0, eps, t, schedule, sigma_data)
 
     def loss(params, x_t, t, wanted):
         return (functional_call(model, params, (x_t[None], t[None]))[0] - wanted).square().mean()
 
     with evaluating(model):
-        of_each = vmap(grad(loss), (None, 0, 0, 0))(
-            params, add_noise(x0, eps, t, schedule), t, wanted
-        )
+        of_each = vmap(grad(loss), (None, 0, 0, 0))(params, x_t, t, wanted)
     return torch.cat([g.flatten(1) for g in of_each.values()], 1)
 
 
@@ -419,10 +406,8 @@ def gradients_by_bin(
     n = len(bins.count) * draws
     x0 = source.sample(n, rng._replace(purpose=rng.purpose + "/images"))
     t, eps = probe_questions(0, n, tuple(x0.shape[1:]), bins, rng)  # sample q is in bin q % K
-    g = sample_gradients(model, x0, eps, t, schedule, prediction)
-    return Gradients(
-        t.view(draws, -1).T, g.view(draws, -1, g.shape[1]).transpose(0, 1).contiguous()
-    )
+    values = sample_gradients(model, x0, eps, t, schedule, prediction).unflatten(0, (draws, -1))
+    return Gradients(t.view(draws, -1).T, values.transpose(0, 1).contiguous())
 
 # %% ../nbs/64_exact_lab.ipynb #7a1e80a7
 class NoiseView(NamedTuple):
