@@ -32,6 +32,14 @@ class Density:
     strata: int = 1  # Equal parts of [0, 1] that consecutive samples take turns in
     factor: Tensor | None = None  # Factor on the loss that comes with it, (T,), float64; absent: 1
 
+    def invert(
+        self,
+        u: Tensor,  # Shares of the probability, (B,), float64, in [0, 1)
+    ) -> Tensor:  # Timesteps, (B,), int64
+        "Find the timestep up to which a share of the probability lies"
+        below = torch.searchsorted(self.probs.cumsum(0), u.contiguous(), right=True)
+        return below.clamp(max=len(self.probs) - 1)
+
     def draw(
         self,
         rng: Stream,  # Stream for timesteps
@@ -46,9 +54,7 @@ class Density:
             u = rng.uniform(-(-n // 2) + 1, first=first // 2)[index // 2 - first // 2, 0]
             u = torch.where(index % 2 == 1, 1 - u, u)
         u = (index % self.strata + u) / self.strata
-        return torch.searchsorted(self.probs.cumsum(0), u, right=True).clamp(
-            max=len(self.probs) - 1
-        )
+        return self.invert(u)
 
     def probs_at(
         self,
@@ -350,11 +356,9 @@ class Curriculum(Density):
     ) -> Tensor:  # Timesteps, (B,), int64
         "Draw the timesteps of consecutive samples"
         choice, u = rng.uniform(n, 2, first=first).T
-        start = torch.searchsorted(self.probs.cumsum(0), u.contiguous(), right=True)
-        t = torch.where(
-            choice < self.share(torch.arange(first, first + n)), start, (u * len(self.probs)).long()
-        )
-        return t.clamp(max=len(self.probs) - 1)
+        anywhere = (u * len(self.probs)).long().clamp(max=len(self.probs) - 1)
+        early = choice < self.share(torch.arange(first, first + n))
+        return torch.where(early, self.invert(u), anywhere)
 
 
 @DENSITIES.register

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Denoise', 'Spacing', 'SAMPLERS', 'CLEAN', 'PathSpacing', 'Stir', 'denoiser', 'spaced', 'Steps', 'pairs', 'Images',
-           'walk', 'ddpm', 'ddim', 'Level', 'move', 'by_sigma', 'by_timestep', 'places', 'stirrer', 'follow', 'euler',
-           'heun', 'log_ratio', 'dpmpp_2m', 'sample']
+           'walk', 'ddpm', 'ddim', 'Level', 'move', 'by_sigma', 'by_timestep', 'places', 'stirrer', 'follow', 'stirred',
+           'euler', 'heun', 'log_ratio', 'dpmpp_2m', 'sample']
 
-# %% ../nbs/60_samplers.ipynb #f08706ba
+# %% ../nbs/60_samplers.ipynb #723db4fe
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
+from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from .config import ConfigError, Fraction, NonNegative, Positive, PositiveInt
@@ -281,8 +282,34 @@ def follow(
         x = ahead
         yield x
 
-# %% ../nbs/60_samplers.ipynb #88d35540
+# %% ../nbs/60_samplers.ipynb #d18e8490
+def stirred(
+    denoise: Denoise,  # Answers with x0_hat, also between two timesteps
+    schedule: NoiseSchedule,  # The levels that the network was trained on
+    x_T: Tensor,  # Initial noise, (B, C, H, W)
+    rng: Stream,  # Fresh noise, used when churn > 0
+    steps: int,  # Levels to visit
+    look_ahead: bool,  # Heun's second evaluation
+    *,
+    spacing: PathSpacing = "karras",  # Which levels
+    rho: Positive = 7.0,  # Of the spacing `karras`; Karras et al. 2022, tab. 1
+    sigma_min: Positive = 0.002,  # Smallest noise / signal, or the schedule's if that is greater
+    sigma_max: Positive = 80.0,  # Largest noise / signal, or the schedule's if that is smaller
+    churn: NonNegative = 0.0,  # Fresh noise over all steps, S_churn; Karras et al. 2022, Alg. 2
+    churn_min: NonNegative = 0.0,  # Smallest sigma at which to stir, S_tmin
+    churn_max: Positive = 1e6,  # Largest, S_tmax
+    churn_noise: Positive = 1.0,  # Standard deviation of the fresh noise, S_noise
+    clip: bool = False,  # Clip x0_hat to [-1, 1]
+) -> Iterator[Tensor]:
+    "Follow a path, stirred where that is asked for"
+    path = places(schedule, steps, spacing, rho, sigma_min, sigma_max)
+    gamma = min(churn / steps, math.sqrt(2) - 1)
+    stir = stirrer(schedule, rng, gamma, churn_min, churn_max, churn_noise) if churn else None
+    yield from follow(denoise, x_T, path, clip, stir, look_ahead)
+
+
 @SAMPLERS.register
+@delegates(stirred)
 def euler(
     denoise: Denoise,  # Answers with x0_hat, also between two timesteps
     schedule: NoiseSchedule,  # The levels that the network was trained on
@@ -290,24 +317,14 @@ def euler(
     rng: Stream,  # Fresh noise, used when churn > 0
     *,
     steps: PositiveInt = 50,  # Levels to visit = network evaluations
-    spacing: PathSpacing = "karras",  # Which levels
-    rho: Positive = 7.0,  # Of the spacing `karras`; Karras et al. 2022, tab. 1
-    sigma_min: Positive = 0.002,  # Smallest noise / signal, or the schedule's if that is greater
-    sigma_max: Positive = 80.0,  # Largest noise / signal, or the schedule's if that is smaller
-    churn: NonNegative = 0.0,  # Fresh noise over all steps, S_churn; Karras et al. 2022, Alg. 2
-    churn_min: NonNegative = 0.0,  # Smallest sigma at which to stir, S_tmin
-    churn_max: Positive = 1e6,  # Largest, S_tmax
-    churn_noise: Positive = 1.0,  # Standard deviation of the fresh noise, S_noise
-    clip: bool = False,  # Clip x0_hat to [-1, 1]
+    **keywords,
 ) -> Iterator[Tensor]:
     "Euler's method along the path, one evaluation a step (Karras et al. 2022)"
-    path = places(schedule, steps, spacing, rho, sigma_min, sigma_max)
-    gamma = min(churn / steps, math.sqrt(2) - 1)
-    stir = stirrer(schedule, rng, gamma, churn_min, churn_max, churn_noise) if churn else None
-    yield from follow(denoise, x_T, path, clip, stir)
+    return stirred(denoise, schedule, x_T, rng, steps, False, **keywords)
 
 # %% ../nbs/60_samplers.ipynb #fa3b0fde
 @SAMPLERS.register
+@delegates(stirred)
 def heun(
     denoise: Denoise,  # Answers with x0_hat, also between two timesteps
     schedule: NoiseSchedule,  # The levels that the network was trained on
@@ -315,21 +332,10 @@ def heun(
     rng: Stream,  # Fresh noise, used when churn > 0
     *,
     steps: PositiveInt = 18,  # Levels to visit; 2 steps - 1 network evaluations
-    spacing: PathSpacing = "karras",  # Which levels
-    rho: Positive = 7.0,  # Of the spacing `karras`; Karras et al. 2022, tab. 1
-    sigma_min: Positive = 0.002,  # Smallest noise / signal, or the schedule's if that is greater
-    sigma_max: Positive = 80.0,  # Largest noise / signal, or the schedule's if that is smaller
-    churn: NonNegative = 0.0,  # Fresh noise over all steps, S_churn; Karras et al. 2022, Alg. 2
-    churn_min: NonNegative = 0.0,  # Smallest sigma at which to stir, S_tmin
-    churn_max: Positive = 1e6,  # Largest, S_tmax
-    churn_noise: Positive = 1.0,  # Standard deviation of the fresh noise, S_noise
-    clip: bool = False,  # Clip x0_hat to [-1, 1]
+    **keywords,
 ) -> Iterator[Tensor]:
     "Heun's method along the path, two evaluations a step (Karras et al. 2022)"
-    path = places(schedule, steps, spacing, rho, sigma_min, sigma_max)
-    gamma = min(churn / steps, math.sqrt(2) - 1)
-    stir = stirrer(schedule, rng, gamma, churn_min, churn_max, churn_noise) if churn else None
-    yield from follow(denoise, x_T, path, clip, stir, look_ahead=True)
+    return stirred(denoise, schedule, x_T, rng, steps, True, **keywords)
 
 # %% ../nbs/60_samplers.ipynb #a8a209c1
 def log_ratio(

@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'DPI', 'WIDTH', 'HEIGHT', 'LOOK', 'LINE_ART', 'LOG_SNR', 'figure', 'png', 'save_png', 'draw_curves',
            'curves', 'over_log_snr', 'to_uint8', 'tile', 'side_by_side', 'image_grid']
 
-# %% ../nbs/03_show.ipynb #c7dff895
+# %% ../nbs/03_show.ipynb #c7fd1ba3
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from fastcore.meta import delegates
 from torch import Tensor
 
 from .durable import replace
@@ -142,22 +143,20 @@ def draw_curves(
         ax.legend()
 
 # %% ../nbs/03_show.ipynb #0ad251e1
+@delegates(draw_curves)
 def curves(
     x: Tensor | np.ndarray | Sequence[float],  # Positions, (N,)
     ys: Mapping[str, Tensor | np.ndarray | Sequence[float]],  # Name to values, each (N,)
     xlabel: str,  # Name of the x axis, with its unit
     ylabel: str,  # Name of the y axis, with its unit
-    log_x: bool = False,  # Logarithmic x axis
-    log_y: bool = False,  # Logarithmic y axis
-    title: str | None = None,  # One line above the axes
-    bands: Mapping[str, tuple] = {},  # Name of a curve to its lower and upper end, each (N,)
+    **keywords,
 ) -> Figure:  # 6 x 3 inches
     "Draw named curves over one x"
     import matplotlib
 
     with matplotlib.rc_context(LOOK):
         fig = figure()
-        draw_curves(fig.subplots(), x, ys, xlabel, ylabel, log_x, log_y, title, bands)
+        draw_curves(fig.subplots(), x, ys, xlabel, ylabel, **keywords)
     return fig
 
 # %% ../nbs/03_show.ipynb #c78d1cd7
