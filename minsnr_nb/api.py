@@ -6,7 +6,7 @@
 __all__ = ['train_run', 'config_differences', 'config_of', 'resume_run', 'read_tensors', 'fill', 'load_network', 'eval_run',
            'dump_as_mapping', 'sample_run', 'fork_run', 'continue_run', 'promote_run', 'sample_model']
 
-# %% ../nbs/70_api.ipynb #9fd88643
+# %% ../nbs/70_api.ipynb #d7017544
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import load as load_tensors
 from torch import nn
 
 from .checkpoint import CheckpointError, find_checkpoint, restore, save_checkpoint
+from .compare import config_diff
 from .config import Config, ConfigError, MinsnrError, config_sha256
 from .durable import sha256
 from .evaluate import report
@@ -61,24 +62,8 @@ def config_differences(
     now: Config,  # The one given
 ) -> list[str]:  # "train.steps: 100 then, 200 now"
     "Name the keys in which two configs differ"
-    a, b = (_flat(c.model_dump(mode="json")) for c in (then, now))
-    return [
-        f"{k}: {a.get(k)!r} then, {b.get(k)!r} now"
-        for k in sorted(a.keys() | b.keys())
-        if a.get(k) != b.get(k)
-    ]
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    "One entry per leaf, keyed by its full path"
-    if not isinstance(value, (dict, list)) or not value:
-        return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {
-        k: v
-        for key, sub in items
-        for k, v in _flat(sub, f"{path}.{key}" if path else str(key)).items()
-    }
+    diff = config_diff([c.model_dump(mode="json") for c in (then, now)])
+    return [f"{key}: {a!r} then, {b!r} now" for key, (a, b) in sorted(diff.items())]
 
 
 def config_of(
