@@ -6,11 +6,13 @@
 __all__ = ['SUFFIXES', 'SPLITS', 'CACHE_FROM', 'list_images', 'class_names', 'held_out', 'read_image', 'open_images',
            'read_images', 'cache_dir', 'cached', 'npy_parts']
 
-# %% ../nbs/19_image_files.ipynb #dbfad01a
+# %% ../nbs/19_image_files.ipynb #f7c0bcf2
 import hashlib
 import io
+import math
 import os
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,22 +24,38 @@ import numpy as np
 
 from . import durable
 from .config import ConfigError
+from .guard import MAX_INFLATED, MAX_RATIO
+from .records import read_plain
 
 # %% ../nbs/19_image_files.ipynb #8a9a1140
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def _files(path: Path) -> Iterator[tuple[str, str]]:
-    "Name and stamp of every file in a directory or a zip"
+def _files(path: Path) -> Iterator[tuple[str, str, int, int]]:
+    "Name, stamp, size and packed size of every file in a directory or a zip"
     if path.is_dir():
         for folder, _, names in os.walk(path, followlinks=True):
             for name in names:
                 stat = os.stat(file := os.path.join(folder, name))
-                inner = Path(file).relative_to(path).as_posix()
-                yield inner, f"{stat.st_size} {stat.st_mtime_ns}"
+                inner, size = Path(file).relative_to(path).as_posix(), stat.st_size
+                yield inner, f"{size} {stat.st_mtime_ns}", size, size
     else:
         with zipfile.ZipFile(path) as z:
-            yield from ((i.filename, f"{i.file_size} {i.CRC}") for i in z.infolist())
+            for i in z.infolist():
+                yield i.filename, f"{i.file_size} {i.CRC}", i.file_size, i.compress_size
+
+
+def _refuse_bombs(path: Path, sizes: dict[str, tuple[int, int]]) -> None:
+    "Insist on sizes, unpacked and packed, that images can have"
+    for name, (size, packed) in sizes.items():
+        if size > MAX_INFLATED or size > MAX_RATIO * max(1, packed):
+            raise ConfigError(
+                f"data.path: {name} in {path} would have {size} bytes, packed in {packed}; "
+                f"at most {MAX_INFLATED} in all, and {MAX_RATIO} for each"
+            )
+    total = sum(size for size, _ in sizes.values())
+    if path.is_file() and total > MAX_RATIO * path.stat().st_size:
+        raise ConfigError(f"data.path: {path} would have {total} bytes, more than it can hold")
 
 
 def list_images(
@@ -46,8 +64,8 @@ def list_images(
     "List the images in a directory or a zip"
     try:
         found = {
-            name: stamp
-            for name, stamp in _files(path)
+            name: (stamp, sizes)
+            for name, stamp, *sizes in _files(path)
             if name.lower().endswith(SUFFIXES)
             and not any(p.startswith((".", "__MACOSX")) for p in name.split("/"))
         }
@@ -56,7 +74,8 @@ def list_images(
         raise ConfigError(f"data.path: cannot read {path}: {reason}") from None
     if not found:
         raise ConfigError(f"data.path: no image in {path}; looked for {' '.join(SUFFIXES)}")
-    return dict(sorted(found.items()))
+    _refuse_bombs(path, {name: sizes for name, (_, sizes) in found.items()})
+    return {name: found[name][0] for name in sorted(found)}
 
 # %% ../nbs/19_image_files.ipynb #b6131052
 SPLITS = {"train", "test", "val", "valid", "validation"}
@@ -105,6 +124,8 @@ def read_image(
 
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise ValueError(f"it has {image.width}x{image.height} pixels, too many")
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"it has more than 8 bits per channel (mode {image.mode})")
             if channels is None:
@@ -125,14 +146,19 @@ def open_images(
     path: Path,  # A directory or a zip
 ) -> Iterator[Callable[[str], bytes]]:
     "Open a directory or a zip for reading by name, from several threads"
-    with zipfile.ZipFile(path) if path.is_file() else nullcontext() as z:
+    from PIL import Image
 
-        def read(name: str) -> bytes:
-            try:
-                return z.read(name) if z else (path / name).read_bytes()
-            except Exception as e:  # no permission, a bad checksum, encryption, a broken stream …
-                raise ConfigError(f"data.path: cannot read image {name}: {e}") from None
+    def read(name: str) -> bytes:
+        try:
+            if not z:
+                return read_plain(path / name, MAX_INFLATED)
+            with z.open(name) as file:
+                return file.read(min(z.getinfo(name).file_size, MAX_INFLATED))
+        except Exception as e:  # no permission, a bad checksum, encryption, a broken stream …
+            raise ConfigError(f"data.path: cannot read image {name}: {e}") from None
 
+    with zipfile.ZipFile(path) if path.is_file() else nullcontext() as z, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read_image` refuses
         yield read
 
 
@@ -143,7 +169,13 @@ def read_images(
     size: int | None = None,  # Side of the square to crop and scale to; None: as they are
 ) -> np.ndarray:  # (N, C, H, W), uint8
     "Decode many images into one block of memory"
-    out = np.empty((len(names), *shape), np.uint8)
+    try:
+        out = np.empty((len(names), *shape), np.uint8)
+    except (MemoryError, ValueError):
+        size_of_one = f"{shape[2]}x{shape[1]}"
+        raise ConfigError(
+            f"data.path: no room for {len(names)} images of {size_of_one}; set data.size"
+        ) from None
 
     def some(start: int) -> None:
         for i, name in enumerate(names[start : start + 64], start):

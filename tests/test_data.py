@@ -2,7 +2,10 @@
 
 import pickle
 import struct
+import tracemalloc
 import zipfile
+import zlib
+from copy import copy
 from hashlib import md5
 from io import BytesIO
 from pathlib import Path
@@ -101,6 +104,64 @@ def test_damage_anywhere_is_an_error_or_an_image_but_never_another_exception(kin
             assert read_image(data[:cut], "x").shape == (3, 24, 24)
         except ConfigError as e:
             assert str(e).startswith("data.path: cannot read image x: ") and "\n" not in str(e)
+
+
+def declare(path: Path, size: int) -> Path:
+    "Let a zip's directory say that its first member has `size` bytes"
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, data.index(b"PK\x01\x02") + 24, size)
+    path.write_bytes(data)
+    return path
+
+
+def blank(width: int, height: int) -> bytes:
+    "The beginning of a PNG, which says how large it is"
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = b"IHDR" + header, b"IDAT" + zlib.compress(bytes(100))
+    chunks = (struct.pack(">I", len(p) - 4) + p + struct.pack(">I", zlib.crc32(p)) for p in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def refused(path: Path, match: str) -> int:
+    "Refuse a zip in one line and without a warning; bytes of memory that it took"
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match=match) as e:
+            load(path)
+        assert "\n" not in str(e.value)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_zip_that_grows_beyond_measure_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    zeros = {"a/0.png": bytes(32 << 20)}
+    bomb = make_zip(tmp_path / "bz2.zip", zeros, zipfile.ZIP_BZIP2)
+    assert refused(bomb, r"a/0\.png in .* 33554432 bytes, packed in \d+; at most") < 2 << 20
+    huge = declare(make_zip(tmp_path / "huge.zip", PLAIN | zeros), 0xFFFFFFF0)
+    assert refused(huge, "would have 4294967280 bytes") < 2 << 20
+    with zipfile.ZipFile(tmp_path / "often.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("a/0.png", bytes(4 << 20))
+        for i in range(1, 500):  # all of them are the same bytes of the file
+            z.filelist.append(other := copy(z.filelist[0]))
+            other.filename = f"b/{i}.png"
+    assert refused(tmp_path / "often.zip", "would have 2097152000 bytes") < 4 << 20
+    monkeypatch.setattr("minsnr_nb.image_files.MAX_INFLATED", 1 << 20)
+    refused(make_zip(tmp_path / "large.zip", zeros), "33554432 bytes, packed in")
+
+
+def test_a_zip_that_lies_about_its_sizes_is_not_unpacked_further_than_it_says(tmp_path):
+    files = {"a/0.png": picture() + bytes(32 << 20), "b/0.png": picture()}
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED):
+        lying = declare(make_zip(tmp_path / "lying.zip", files, method), 100)
+        assert refused(lying, r"cannot read image a/0\.png: ") < 2 << 20
+
+
+@pytest.mark.parametrize("side", [9500, 20_000])  # Pillow would warn of the first
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(side, tmp_path, recwarn):
+    bomb = make_zip(tmp_path / "z.zip", {"a/0.png": blank(side, side), "b/0.png": picture()})
+    assert refused(bomb, r"cannot read image a/0\.png: .*pixels") < 4 << 20
+    assert not recwarn.list
 
 
 def test_modes_and_orientation():
