@@ -256,6 +256,26 @@ BROKEN = {
     "a key on no page": ("docs", unsaid("`train.steps`"), "key `train.steps` is on no page"),
     "a verb on no page": ("docs", unsaid("`minsnr train`"), "verb `minsnr train` is on no page"),
     "missing registry": ("docs", add("README.md", "`POTIONS`\n"), "no module defines"),
+    "missing module": ("docs", add("README.md", "`minsnr_nb.confg.Config`\n"), "no such module"),
+    "missing name": ("docs", add("README.md", "`minsnr_nb.config.Confg`\n"), "no such name"),
+    "missing name in an import": (
+        "docs",
+        add(
+            "nbs/index.qmd",
+            "```python\nfrom minsnr_nb.config import (\n    Config,\n    X as Y,\n)\n```\n",
+        ),
+        "`minsnr_nb.config.X`: minsnr_nb.config has no such name",
+    ),
+    "a function without a line": (
+        "docs",
+        add("minsnr_nb/registry.py", "\n\ndef bind(x):\n    return x\n"),
+        "bind: say in one line",
+    ),
+    "a class with a story": (
+        "docs",
+        add("minsnr_nb/registry.py", "\n\nclass Registry:\n    'One.\\n\\nTwo'\n"),
+        "Registry: say in one line",
+    ),
     "missing key": ("docs", add("README.md", "`train.stpes=3`\n"), "no such key"),
     "dead link": ("docs", add("nbs/index.qmd", "[here](nowhere.ipynb)\n"), "no such file"),
     "dead link in a notebook": (

@@ -1,9 +1,11 @@
-"""Check that the pages name only what exists: commands, files, links, config keys, pages of the site. And that
-whatever a user can type or open is named on a page: every verb, key, registry and entry of a run directory.
+"""Check that the pages name only what exists: commands, files, links, config keys, modules and their names, pages of
+the site. And that whatever a user can type or open is named on a page: every verb, key, registry and entry of a run
+directory; whatever a module exports says in a line what it is.
 
 usage: python tools/docs_sync_check.py [ROOT]
 """
 
+import ast
 import json
 import re
 import shutil
@@ -80,6 +82,69 @@ def constants(root: Path, snippet: str) -> Iterator[str]:
         modules = "".join(p.read_text("utf-8") for p in (root / "minsnr_nb").glob("*.py"))
         if not re.search(rf"^{snippet}\b.*=", modules, re.M):
             yield f"`{snippet}`: no module defines it"
+
+
+@cache
+def modules(root: Path) -> dict[str, ast.Module]:
+    "Every module of the package, parsed"
+    files = sorted((root / "minsnr_nb").glob("*.py"))
+    return {p.stem: ast.parse(p.read_text("utf-8")) for p in files}
+
+
+@cache
+def inside(tree: ast.Module) -> frozenset[str]:
+    "What can be imported from a module"
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(a.asname or a.name).split(".")[0] for a in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return frozenset(found)
+
+
+def imported(text: str) -> Iterator[str]:
+    "Dotted names in the code of a page: `minsnr_nb.x.y` for both ways to write it"
+    said = "\n".join(code(text))
+    for home, many, few in re.findall(
+        r"\bfrom (minsnr_nb[\w.]*) import (?:\(([^)]*)\)|([\w ,]+))", said
+    ):
+        for name in filter(None, re.split(r"[\s,]+", re.sub(r" as \w+", "", many or few))):
+            yield f"{home}.{name}"
+    yield from re.findall(r"(?<![\w./-])minsnr_nb(?:\.\w+)+", said)
+
+
+def names(root: Path, text: str) -> Iterator[str]:
+    "Modules of the package, and names in them, that do not exist"
+    sources = "".join(p.read_text("utf-8") for p in (root / "minsnr_nb").glob("*.py"))
+    for dotted in imported(text):
+        _, first, *rest = dotted.split(".")
+        if f'"{dotted}"' in sources:  # a group of plug-ins
+            continue
+        home = modules(root).get(first)
+        if home is None and first not in inside(modules(root)["__init__"]):
+            yield f"`{dotted}`: no such module"
+        elif home is not None and rest and rest[0] not in inside(home):
+            yield f"`{dotted}`: minsnr_nb.{first} has no such name"
+
+
+def _one_name(statement: ast.stmt) -> bool:
+    "Whether a statement is `name = …`"
+    return isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+
+
+def unexplained(root: Path) -> Iterator[str]:
+    "Functions and classes that a module exports without a line on what they are"
+    for module, tree in modules(root).items():
+        assigned = {s.targets[0].id: s.value for s in tree.body if _one_name(s)}
+        exported = ast.literal_eval(assigned["__all__"]) if "__all__" in assigned else ()
+        for node in (n for n in tree.body if getattr(n, "name", None) in exported):
+            if len((ast.get_docstring(node) or "").splitlines()) != 1:
+                where = f"minsnr_nb/{module}.py:{node.lineno}"
+                yield f"{where}: {node.name}: say in one line what it is"
 
 
 @cache
@@ -183,8 +248,10 @@ def findings(root: Path) -> Iterator[str]:
         for snippet in code(text):
             found += [*commands(root, snippet), *paths(root, snippet), *keys(snippet)]
             found += constants(root, snippet)
+        found += names(root, text)
         yield from (f"{page}: {line}" for line in dict.fromkeys(found))
     yield from unnamed(root, texts)
+    yield from unexplained(root)
     yield from shared(texts)
     yield from sidebar(root)
 
