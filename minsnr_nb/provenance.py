@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'MAX_PATCH', 'RUNNERS', 'LOCKS', 'VARS', 'SCHEME', 'project_root', 'settings', 'without_credentials',
-           'git_state', 'source_digest', 'code_sha256', 'command', 'torch_build', 'freeze', 'packages', 'environment',
-           'hardware', 'determinism', 'Evidence', 'collect']
+           'without_place', 'git_state', 'source_digest', 'code_sha256', 'command', 'torch_build', 'freeze', 'packages',
+           'environment', 'hardware', 'determinism', 'Evidence', 'collect']
 
-# %% ../nbs/11_provenance.ipynb #a7915f62
+# %% ../nbs/11_provenance.ipynb #f6ae760a
 import configparser
 import importlib.metadata as metadata
 import importlib.util
@@ -18,12 +18,13 @@ import re
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 from .config import ConfigError, nearest
 from .durable import digest, sha256
 from .guard import FROM_FILE
+from .records import places_in
 
 # %% ../nbs/11_provenance.ipynb #b658e963
 _IS_ROOT = {
@@ -98,6 +99,14 @@ def without_credentials(
     "Strip user names and passwords from addresses"
     return re.sub(r"(\w+://)[^/@\s]*@", r"\1", text)
 
+# %% ../nbs/11_provenance.ipynb #4caf1df5
+def without_place(
+    address: str,  # Of a repository
+) -> str:
+    "Shorten an address that is a path to its last part"
+    path = address.removeprefix("file://")
+    return PureWindowsPath(path).name if next(places_in(path), None) else address
+
 # %% ../nbs/11_provenance.ipynb #011f710e
 def _parse_status(out: bytes) -> dict:
     "Read `git status --porcelain=v2 --branch -z`"
@@ -150,7 +159,7 @@ def git_state(
     top = Path(os.fsdecode(top).rstrip("\n"))
     state["untracked"] = _untracked(top, state["untracked"]) if state["is_dirty"] else []
     remote = (_git(root, "remote", "get-url", "origin") or b"").decode().strip()
-    state["remote"] = without_credentials(remote) or None
+    state["remote"] = without_place(without_credentials(remote)) or None
     patch = None
     if state["counts"]["staged"] or state["counts"]["unstaged"]:
         patch = _git(top, "diff", "--no-ext-diff", "--no-textconv", "--binary", "HEAD")
