@@ -146,6 +146,12 @@ def _untracked(root: Path, names: list[str], limit: int = 100) -> list[dict]:
     return out
 
 
+_DIFF = (
+    "diff --binary --no-ext-diff --no-textconv --no-color --no-relative --unified=3"
+    " --src-prefix=a/ --dst-prefix=b/ HEAD --"
+).split()
+
+
 def git_state(
     root: Path,  # Somewhere inside a work tree, or not
 ) -> tuple[dict, bytes | None]:  # The `git` part of provenance, and the patch
@@ -160,13 +166,15 @@ def git_state(
     state["untracked"] = _untracked(top, state["untracked"]) if state["is_dirty"] else []
     remote = (_git(root, "remote", "get-url", "origin") or b"").decode().strip()
     state["remote"] = without_place(without_credentials(remote)) or None
-    patch = None
+    kept = b""
     if state["counts"]["staged"] or state["counts"]["unstaged"]:
-        patch = _git(top, "diff", "--no-ext-diff", "--no-textconv", "--binary", "HEAD")
-    kept = patch[:MAX_PATCH] if patch else None
-    facts = {"path": "meta/git.patch", "bytes": len(patch or b""), "truncated": kept != patch}
-    state["patch"] = facts | {"sha256": digest(kept)} if kept else None
-    return state, kept
+        code = _git(top, *_DIFF, ":(top,exclude)*.ipynb") or b""
+        whole = code + (_git(top, *_DIFF, ":(top)*.ipynb") or b"")
+        kept = whole if len(whole) <= MAX_PATCH else code[:MAX_PATCH]
+        facts = {"path": "meta/git.patch", "bytes": len(whole), "sha256": digest(kept)}
+        facts |= {"truncated": len(code) > MAX_PATCH, "notebooks": kept == whole}
+    state["patch"] = facts if kept else None
+    return state, kept or None
 
 # %% ../nbs/11_provenance.ipynb #6d6dc996
 @cache

@@ -105,9 +105,11 @@ def _evidence(run: Run, facts: dict) -> Path:
 
 def _patch(run: Run, git: dict) -> Path | None:
     "The recorded patch, if there was one"
-    facts = git.get("patch")
-    if facts is None:
+    facts, counts = git.get("patch"), git["counts"]
+    if facts is None and not (counts["staged"] or counts["unstaged"]):
         return None
+    if facts is None:
+        raise ConfigError(f"{run.path}: what it had changed was not recorded; its code is lost")
     if facts.get("truncated"):
         raise ConfigError(f"{run.path}: its patch was too big to be recorded; its code is lost")
     return _evidence(run, facts)

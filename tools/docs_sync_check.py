@@ -47,7 +47,7 @@ def code(text: str) -> Iterator[str]:
 @cache
 def verbs(root: Path) -> frozenset[str]:
     "What `minsnr` can do"
-    code = "from minsnr_nb.cli import VERBS; print(*(verb[0] for verb in VERBS))"
+    code = "from minsnr_nb.cli import VERBS; print(*VERBS)"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     return frozenset(done.stdout.split())
 
