@@ -105,11 +105,12 @@ def _evidence(run: Run, facts: dict) -> Path:
 
 def _patch(run: Run, git: dict) -> Path | None:
     "The recorded patch, if there was one"
-    facts, counts = git.get("patch"), git["counts"]
-    if facts is None and not (counts["staged"] or counts["unstaged"]):
-        return None
+    facts, counts = git.get("patch"), git.get("counts") or {}
+    changed = counts.get("staged") or counts.get("unstaged")
+    if facts is None and changed:
+        raise ConfigError(f"{run.path}: its changes could not be recorded; its code is lost")
     if facts is None:
-        raise ConfigError(f"{run.path}: what it had changed was not recorded; its code is lost")
+        return None
     if facts.get("truncated"):
         raise ConfigError(f"{run.path}: its patch was too big to be recorded; its code is lost")
     return _evidence(run, facts)
