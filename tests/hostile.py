@@ -18,6 +18,7 @@ import sys
 import tempfile
 import unicodedata
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def npy_head(text: str, body: bytes = b"") -> bytes:
 def tensors(header: dict | str, body: int = 64, size: int | None = None) -> bytes:
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
     return struct.pack("<Q", len(text) if size is None else size) + text + bytes(body)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def flood() -> bytes:
+    "A PNG whose header promises 40,000 x 40,000 pixels"
+    head = b"IHDR" + struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
 
 
 def lying_zip() -> bytes:
@@ -180,6 +190,7 @@ def frames() -> dict[str, bytes]:
 def documents(root: Path, canary: Path) -> dict[str, Callable]:
     "Things that have to be refused when they are opened: name -> call"
     from minsnr_nb import api
+    from minsnr_nb.image_files import read_image
     from minsnr_nb.predictions import read_frame
     from minsnr_nb.promote import find_model
     from minsnr_nb.records import inside, read_json, read_log
@@ -200,6 +211,8 @@ def documents(root: Path, canary: Path) -> dict[str, Callable]:
     for name, data in frames().items():
         path = kept("frame_0.npz", data)
         out[f"frame: {name}"] = lambda path=path: read_frame(path)
+    for name, data in {"a program": EPS, "a flood of pixels": flood()}.items():
+        out[f"image: {name}"] = lambda data=data: read_image(data, "cat.png")
     for name, data in {"a list": b"[1]\n", "no newline for 1 MB": b"x" * (1 << 20), "deep": b"[" * 60_000 + b"\n", "NaN": b'{"a": NaN}\n', "long number": b'{"a": ' + b"9" * 9000 + b"}\n"}.items():  # fmt: skip
         path = kept("l.jsonl", data)
         out[f"log: {name}"] = lambda path=path: list(read_log(path))

@@ -60,3 +60,8 @@ r.pickle_problem = careless
 """
     figures = hostile.run(healthy, weaken)
     assert not figures["canary"] and any("pickle.find_class" in x for x in figures["happened"])
+
+
+def test_a_decoder_that_starts_a_program_is_found(healthy):
+    figures = hostile.run(healthy, "import minsnr_nb.image_files as i; i.FORMATS = None")
+    assert any(x.startswith("image: a program: subprocess.Popen") for x in figures["happened"])
