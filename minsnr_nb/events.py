@@ -6,7 +6,7 @@
 __all__ = ['NAME', 'KINDS', 'EventError', 'check_name', 'as_number', 'event_line', 'rewind', 'EventLog', 'read_events',
            'to_frame', 'lifecycle']
 
-# %% ../nbs/12_events.ipynb #60eaad53
+# %% ../nbs/12_events.ipynb #754b144b
 import hashlib
 import json
 import math
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from . import durable
 from .config import MinsnrError
 from .records import MAX_LINE, read_log
-from .run_dir import RESERVED, Run
+from .run_dir import RESERVED, Run, write_summary
 from .run_state import fence
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ def rewind(
     attempt: int,  # Who rewinds; names the file that keeps the tail
 ) -> int:  # Bytes moved to logs/discarded/
     "Take the metrics log back to an earlier end, keeping what is cut off"
+    if run.metrics_path.stat().st_size > size:
+        write_summary(run, size)  # first, so that it never counts lines that are gone
     return durable.cut(run.metrics_path, size, run.discarded / f"attempt_{attempt:04d}.jsonl")
 
 # %% ../nbs/12_events.ipynb #e39d8f27

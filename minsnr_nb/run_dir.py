@@ -233,9 +233,10 @@ def _count(s: dict, value: float | None, step: int) -> None:
 # %% ../nbs/08_run_dir.ipynb #b2d07d58
 def write_summary(
     run: Run,
+    size: int | None = None,  # Bytes of the log to use; all whole lines when None
 ) -> dict:  # What was written
     "Bring metrics.json up to date with the log"
-    summary = summarise(run, run.provenance()["run_id"])
+    summary = summarise(run, run.provenance()["run_id"], size)
     durable.replace(run.summary_path, to_json(summary))
     return summary
 

@@ -124,10 +124,14 @@ def recorded(
     "Keep the run's status true, whatever happens inside"
     put = partial(set_status, run, total_steps=loop.cfg.train.steps, attempt=attempt)
 
+    def summed_up() -> None:
+        fence(run, attempt)
+        loop.log.sync()  # the summary must not outlive lines that it counts
+        write_summary(run)
+
     def ended(state: str, e: BaseException, step: int, reason: str, **more: Any) -> None:
         with suppress(MinsnrError):  # a full disk must not hide why the run ended
-            fence(run, attempt)
-            write_summary(run)
+            summed_up()
             put(state, step=step, reason=reason, exit=_exit(e) | more)
 
     put("running", step=loop.state.step)
@@ -147,8 +151,7 @@ def recorded(
     except Exception as e:
         ended("failed", e, loop.state.step, f"{type(e).__name__}: {e}")
         raise
-    fence(run, attempt)
-    write_summary(run)
+    summed_up()
     done = {"code": 0, "signal": None, "type": None, "message": None}
     put("completed", step=loop.state.step, exit=done)
 
@@ -206,6 +209,8 @@ def run_to_end(
     found, damaged = find_checkpoint(run)
     for problem in damaged:
         warn(f"{run.id}: {problem}; using the checkpoint before it")
+    if found is None:
+        _refuse_orphan(run)
     origin = _origin(found) if found else None
     with threads(run.provenance()["determinism"]["num_threads"]):
         changes = _changes(run, lab, found)
@@ -229,6 +234,13 @@ def run_to_end(
             lifecycle(run, "completed", attempt=attempt, step=loop.state.step)
     close(run, warn)
     return run
+
+
+def _refuse_orphan(run: Run) -> None:
+    "Without its parent's state a fork would train from nothing, and say otherwise"
+    if parent := run.provenance().get("lineage"):
+        again = f"fork the parent again, {parent['parent_run']} at step {parent['parent_step']}"
+        raise ConfigError(f"{run.path}: has no checkpoint to go on from; {again}")
 
 
 def close(

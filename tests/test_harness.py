@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from minsnr_nb import checkpoint, durable, runner
-from tests.harness import PARTS, damage, faults, notebook, power
+from minsnr_nb import checkpoint, durable, runner, seal
+from tests.harness import PARTS, after, damage, faults, notebook, power
 from tests.harness.lab import Lab
 
 
@@ -48,6 +48,18 @@ def test_without_rewinding_the_log_a_resume_is_found(lab, monkeypatch):
     monkeypatch.setattr(runner, "rewind", lambda *_: 0)
     ok, text = faults.operations(lab, most=30)
     assert not ok and "not the same bits" in text, text
+
+
+def test_without_the_last_summary_a_killed_evaluation_is_found(lab, monkeypatch):
+    monkeypatch.setattr(seal, "write_summary", lambda run: None)
+    ok, text = after.afterwards(lab, 40, verbs=("eval",))
+    assert not ok and "B.summary" in text, text
+
+
+def test_a_fork_that_begins_with_nothing_is_found(lab, monkeypatch):
+    monkeypatch.setattr(runner, "_refuse_orphan", lambda run: None)
+    ok, text = after.afterwards(lab, 20, verbs=("fork",))
+    assert not ok and "another run" in text, text
 
 
 def test_without_digests_damage_is_found(lab, monkeypatch):

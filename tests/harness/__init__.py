@@ -2,13 +2,14 @@
 
 from tests import hostile, property_loaders
 
-from . import costs, damage, faults, notebook, power, races
+from . import after, costs, damage, faults, notebook, power, races
 
 # name: (part, its full size, its size in pytest)
 PARTS = {
     "kills": (faults.kills, {"n": 1000}, {"n": 15}),
     "operations": (faults.operations, {}, {"most": 16}),
     "until_done": (faults.until_done, {"n": 200}, {"n": 3}),
+    "afterwards": (after.afterwards, {}, {"most": 12}),
     "power": (power.power, {"n": 20_000}, {"n": 2000}),
     "errors": (faults.errors, {}, {"most": 30}),
     "corruption": (damage.corruption, {"n": 500}, {"n": 3}),
