@@ -34,6 +34,10 @@ class Objective:
     sigma_data: float = SIGMA_DATA  # Standard deviation of the data, for F
     uncertainty: nn.Module | None = None  # Learned curve u(t), from `UNCERTAINTIES`; absent: 0
 
+    def __repr__(self) -> str:
+        least, most = (f"{w:.4g}" for w in torch.aminmax(self.weight))
+        return f"Objective({self.schedule}, {self.prediction!r}, weight {least} to {most})"
+
     def loss(
         self,
         model: Callable[[Tensor, Tensor], Tensor],  # Called as `model(x_t, t)`

@@ -45,6 +45,12 @@ class NoiseSchedule:
             )
         self.__dict__.update(alphas_cumprod=a, snr=snr, u=u)
 
+    def __repr__(self) -> str:
+        first, last = self.log_snr[[0, -1]].tolist()
+        return (
+            f"NoiseSchedule({self.name!r}, T={self.timesteps}, log SNR {first:.2f} to {last:.2f})"
+        )
+
     @property
     def timesteps(self) -> int:
         "Number of levels, T"
