@@ -6,7 +6,7 @@
 __all__ = ['train_run', 'config_differences', 'config_of', 'resume_run', 'read_tensors', 'fill', 'load_network', 'eval_run',
            'dump_as_mapping', 'sample_run', 'fork_run', 'continue_run', 'promote_run', 'sample_model']
 
-# %% ../nbs/70_api.ipynb #d7017544
+# %% ../nbs/70_api.ipynb #575bd3de
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +32,7 @@ from .records import inside
 from .run_dir import Run, open_run, write_summary
 from .run_state import attempts_of, derive_state, refuse_owner
 from .runner import close, make_loop, new_run, quiet, run_to_end, tell_papermill, threads
-from .seal import is_sealed, reopened
+from .seal import reopened
 from .show import save_png, tile
 from .train_loop import Loop
 
@@ -101,8 +101,7 @@ def resume_run(
         tell_papermill(run)
     if derive_state(run) != "completed":
         return run_to_end(run, build(cfg, device), warn, allow)
-    if not is_sealed(run):
-        close(run, warn)
+    close(run, warn)
     return run
 
 # %% ../nbs/70_api.ipynb #2e8e7ab7

@@ -14,15 +14,22 @@ import hashlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minsnr_nb.config import MinsnrError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 __all__ = [
     "Appender",
     "DurableError",
+    "alone",
     "claim",
     "create",
     "cut",
@@ -195,6 +202,35 @@ class Appender:
 
     def __exit__(self, *exc):
         self.close()
+
+
+@contextmanager
+def alone(folder, wait_s: float = 60.0):
+    "Wait until no other process is in here with the same directory; a death lets the next one in"
+    if fcntl is None:
+        yield
+        return
+    with _doing("open", folder):
+        fd = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(fd, folder, wait_s)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, folder, wait_s: float) -> None:
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                busy = f"another process has been writing for {wait_s:.0f} s; try again later"
+                raise DurableError(f"cannot lock {folder}: {busy}") from None
+            time.sleep(0.02)
+        except OSError:  # a file system without locks
+            return None
 
 
 def make_dir(path) -> list[Path]:

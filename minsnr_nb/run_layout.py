@@ -7,11 +7,12 @@ __all__ = ['CHECKS', 'NEEDED', 'TEXTS', 'MADE_AT', 'Check', 'check', 'check_run'
            'LAYOUT', 'Run', 'create_run', 'open_run', 'list_runs', 'write_summary', 'summarise', 'layout_table', 'beat',
            'derive_state', 'describe', 'read_status', 'set_status', 'start_attempt', 'attempts_of']
 
-# %% ../nbs/10_run_layout.ipynb #8ac93660
+# %% ../nbs/10_run_layout.ipynb #9560d9e1
 import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -234,12 +235,16 @@ def _manifest(run):
 
 @check("B.summary", "L1", "`write_summary(run)` computes metrics.json again from the log")
 def _summary(run):
-    size = read_json(run.summary_path)["source"]["bytes"]
-    if is_sealed(run):
-        size = durable.whole_lines(run.metrics_path)
+    source = read_json(run.summary_path)["source"]
+    whole = durable.whole_lines(run.metrics_path)
+    size = whole if is_sealed(run) else source["bytes"]
     want = summarise(run, run.provenance()["run_id"], size)
     if read_plain(run.summary_path) != to_json(want).encode():
         yield "metrics.json", "is not the summary of logs/metrics.jsonl"
+    elif size < whole and derive_state(run) == "completed":
+        rest = islice(read_log(run.metrics_path), source["lines"], None)
+        if any(record["kind"] != "eval" for record in rest):
+            yield "metrics.json", "leaves out lines of the training"
 
 # %% ../nbs/10_run_layout.ipynb #5870fe8b
 def _evidence(stamp: dict) -> Iterator[dict]:

@@ -6,7 +6,7 @@
 __all__ = ['STREAMS', 'new_run', 'tell_papermill', 'Heartbeat', 'RunFailed', 'recorded', 'threads', 'make_loop', 'quiet',
            'run_to_end', 'close']
 
-# %% ../nbs/67_runner.ipynb #19736c1d
+# %% ../nbs/67_runner.ipynb #fc994bf3
 import json
 import os
 import time
@@ -22,7 +22,7 @@ from .callbacks import CALLBACKS
 from .checkpoint import Found, environment, find_checkpoint, json_or_none, restore
 from .config import ConfigError, Loaded, MinsnrError, config_sha256, nearest
 from .data import ImageSet
-from .durable import Appender
+from .durable import Appender, alone
 from .evaluate import report
 from .events import EventLog, lifecycle, rewind
 from .lab import Lab
@@ -30,6 +30,7 @@ from .provenance import collect, project_root, settings, source_digest
 from .records import places_in
 from .requests import Requests, Stopped, catching
 from .run_dir import Run, create_run, write_summary
+from .run_layout import is_sealed
 from .run_state import beat, fence, set_status, start_attempt
 from .seal import seal, unseal
 from .train_loop import Callback, Loop, NonFiniteLoss, StepResult, train
@@ -249,7 +250,9 @@ def close(
 ) -> None:
     "Seal a completed run; one that is not sound is told about and stays open"
     try:
-        seal(run)
+        with alone(run.path / "meta"):
+            if not is_sealed(run):
+                seal(run)
     except MinsnrError as e:
         warn(str(e))
 

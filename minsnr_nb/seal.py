@@ -113,17 +113,18 @@ def reopened(
     run: Run,  # Sealed or not
 ) -> Iterator[None]:
     "Let a run be written to, and seal it again if it was sealed"
-    sealed = is_sealed(run)
-    if sealed:
-        if bad := list(seal_problems(run)):
-            name, message = bad[0]
-            raise MinsnrError(f"{run.path}: {name} {message}; restore it from a copy first")
-        unseal(run)
-    try:
-        yield
-    finally:
+    with durable.alone(run.path / "meta"):
+        sealed = is_sealed(run)
         if sealed:
-            seal(run)
+            if bad := list(seal_problems(run)):
+                name, message = bad[0]
+                raise MinsnrError(f"{run.path}: {name} {message}; restore it from a copy first")
+            unseal(run)
+        try:
+            yield
+        finally:
+            if sealed:
+                seal(run)
 
 # %% ../nbs/14_seal.ipynb #b2dbe14f
 LEVELS = ("L0", "L1", "L2", "L3")

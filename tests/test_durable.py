@@ -224,3 +224,20 @@ def test_remove_hides_a_tree_before_deleting_it(tmp_path, monkeypatch):
     remove(next(tmp_path.glob(".gone-*")))
     remove(tmp_path / "never there")
     assert [p.name for p in tmp_path.iterdir()] == ["outside"]
+
+
+def test_the_next_one_comes_in_when_the_holder_dies(tmp_path):
+    "A second process waits, is told after a while, and goes on after a kill"
+    code = "import sys, time; from minsnr_nb.durable import alone\n"
+    code += "with alone(sys.argv[1]): print('in', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"in\n"
+        with pytest.raises(durable.DurableError, match="another process"):
+            with durable.alone(tmp_path, wait_s=0.1):
+                raise AssertionError("nobody gets here")
+    finally:
+        holder.kill()
+        holder.communicate()
+    with durable.alone(tmp_path, wait_s=0.1):
+        assert list(tmp_path.iterdir()) == []

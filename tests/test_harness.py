@@ -2,11 +2,12 @@
 
 import shutil
 import time
+from contextlib import nullcontext
 
 import pytest
 
 from minsnr_nb import checkpoint, durable, runner, seal
-from tests.harness import PARTS, after, damage, faults, notebook, power
+from tests.harness import PARTS, after, damage, faults, notebook, power, races
 from tests.harness.lab import Lab
 
 
@@ -60,6 +61,12 @@ def test_a_fork_that_begins_with_nothing_is_found(lab, monkeypatch):
     monkeypatch.setattr(runner, "_refuse_orphan", lambda run: None)
     ok, text = after.afterwards(lab, 20, verbs=("fork",))
     assert not ok and "another run" in text, text
+
+
+def test_without_the_lock_a_wrong_seal_is_found(lab, monkeypatch):
+    monkeypatch.setattr(durable, "alone", lambda folder: nullcontext())
+    ok, text = races.writers(lab, 6)
+    assert not ok, text
 
 
 def test_without_digests_damage_is_found(lab, monkeypatch):

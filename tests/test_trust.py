@@ -9,8 +9,8 @@ import tarfile
 import pytest
 
 from minsnr_nb.provenance import freeze
-from minsnr_nb.run_layout import open_run
-from minsnr_nb.seal import audit, is_sealed
+from minsnr_nb.run_layout import open_run, write_summary
+from minsnr_nb.seal import audit, is_sealed, unseal
 from tests.runs import SMALL, run_dir, typed
 
 
@@ -54,6 +54,18 @@ def test_evaluating_and_sampling_renew_the_seal(copy, capsys):
     assert typed(capsys, "sample", copy, "--n", 4).returncode == 0
     assert broken(copy, "L3") == []
     assert json.loads((copy / "meta/seal.json").read_text())["manifest_sha256"] != before
+
+
+def test_the_summary_of_a_complete_run_leaves_out_no_training(copy):
+    "A killed evaluation may not have counted itself yet; the training has"
+    run = open_run(copy)
+    unseal(run)
+    with run.metrics_path.open("a") as log:
+        log.write('{"step": 20, "time": 1.0, "kind": "eval", "attempt": 1, "eval/x": 1.0}\n{"st')
+    assert broken(copy) == []
+    first = run.metrics_path.read_bytes().index(b"\n") + 1
+    write_summary(run, first)
+    assert broken(copy) == [("B.summary", "metrics.json")]
 
 
 def test_a_damaged_run_is_not_sealed_again(copy, capsys):

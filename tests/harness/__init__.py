@@ -15,6 +15,7 @@ PARTS = {
     "corruption": (damage.corruption, {"n": 500}, {"n": 3}),
     "creations": (races.creations, {"processes": 64, "each": 20}, {"processes": 8, "each": 5}),
     "leases": (races.leases, {"n": 1000}, {"n": 5}),
+    "writers": (races.writers, {"n": 100}, {"n": 2}),
     "loaders": (property_loaders.part, {"n": 10_000}, {"n": 100}),
     "hostile": (hostile.part, {}, {}),
     "notebook": (notebook.notebook, {"n": 300, "real": 10}, {"n": 20, "real": 1}),

@@ -4,7 +4,9 @@ import json
 import os
 import time
 from datetime import datetime, timezone
+from unittest.mock import patch
 
+from minsnr_nb import api
 from minsnr_nb.config import ConfigError
 from minsnr_nb.run_layout import list_runs, start_attempt
 
@@ -79,4 +81,33 @@ def leases(lab: Lab, n: int, rivals: int = 8) -> tuple[bool, str]:
     return (
         not wrong,
         f"{n} races of {rivals}, {n - len(wrong)} with exactly one winner {wrong[:1] or ''}",
+    )
+
+
+def writers(lab: Lab, n: int, rivals: int = 4, each: int = 4) -> tuple[bool, str]:
+    "A finished run that is evaluated and sampled by several at once stays sealed and sound"
+    wrong = []
+    with scratch() as root:
+        _, values = api.eval_run(lab.whole(root / "evaluated").path)
+        for i in range(n):
+            run, gate = lab.whole(root / str(i)), Gate()
+
+            def action(k, run=run, gate=gate):
+                gate.wait()
+                for seed in range(each):
+                    if k % 2:
+                        api.eval_run(run.path)
+                    else:
+                        api.sample_run(run.path, n=1, seed=k * each + seed)
+
+            with patch.object(api, "report", lambda *_: values):  # worked out once
+                pids = [fork(lambda k=k: action(k)) for k in range(rivals)]
+            gate.open()
+            codes = [status_of(pid) for pid in pids]
+            wrong += [*(["a writer failed"] if any(codes) else []), *invalid(run, "L3")][:1]
+            lines = run.metrics_path.read_text().count('"kind": "eval"')
+            wrong += [] if lines == rivals // 2 * each else [f"{lines} evaluations"]
+    return (
+        not wrong,
+        f"{n} runs, {rivals} writers of {each} each, {len(wrong)} wrong {wrong[:1] or ''}",
     )
