@@ -441,7 +441,7 @@ DOOR += "print(json.dumps(command(project_root())))"
 
 def test_provenance_from_a_kernel(tmp_path):
     "A real kernel, as Jupyter starts it: the notebook is named, the executed cells are identified"
-    nbformat = pytest.importorskip("nbformat")
+    import nbformat
     from nbclient import NotebookClient
 
     (tmp_path / "settings.ini").write_text("[minsnr]\n")
