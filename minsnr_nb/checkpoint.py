@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'KEEP', 'FILES', 'optimizer_tensors', 'load_optimizer', 'snapshot', 'portable', 'json_or_none',
-           'environment', 'make_manifest', 'save_checkpoint', 'Found', 'damage', 'find_checkpoint', 'CheckpointError',
-           'restore', 'changed_environment', 'save_weights', 'Checkpoint']
+           'environment', 'make_manifest', 'save_checkpoint', 'Found', 'damage', 'find_checkpoint', 'drop_unannounced',
+           'CheckpointError', 'restore', 'changed_environment', 'save_weights', 'Checkpoint']
 
 # %% ../nbs/52_checkpoint.ipynb #5f8e73eb
 import hashlib
@@ -212,6 +212,17 @@ def find_checkpoint(
     if pointer or others:
         raise CheckpointError(f"{folder}: no intact checkpoint: {'; '.join(problems)}")
     return None, problems
+
+
+def drop_unannounced(
+    run: Run,  # About to go on
+    found: Found,  # From where
+) -> None:
+    "Remove newer generations that CURRENT never named; the log is about to part from theirs"
+    announced = (json_or_none(run.ckpts_last / "CURRENT.json") or {}).get("dir")
+    for folder in run.ckpts_last.glob("step_*"):
+        if folder.name > found.path.name and folder.name != announced:
+            remove(folder)
 
 
 class CheckpointError(MinsnrError):

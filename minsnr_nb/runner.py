@@ -6,7 +6,7 @@
 __all__ = ['STREAMS', 'new_run', 'tell_papermill', 'Heartbeat', 'RunFailed', 'recorded', 'threads', 'make_loop', 'quiet',
            'run_to_end', 'close']
 
-# %% ../nbs/67_runner.ipynb #fc994bf3
+# %% ../nbs/67_runner.ipynb #79706e11
 import json
 import os
 import time
@@ -19,7 +19,14 @@ from typing import Any
 import torch
 
 from .callbacks import CALLBACKS
-from .checkpoint import Found, environment, find_checkpoint, json_or_none, restore
+from minsnr_nb.checkpoint import (
+    Found,
+    drop_unannounced,
+    environment,
+    find_checkpoint,
+    json_or_none,
+    restore,
+)
 from .config import ConfigError, Loaded, MinsnrError, config_sha256, nearest
 from .data import ImageSet
 from .durable import Appender, alone
@@ -219,6 +226,8 @@ def run_to_end(
         facts = {"device": str(lab.device), "torch": torch.__version__}
         attempt = start_attempt(run, origin, facts | {"overrides_allowed": sorted(changes)})
         unseal(run)
+        if found:
+            drop_unannounced(run, found)
         rewind(run, found.manifest["metrics"]["bytes"] if found else 0, attempt)
         with EventLog(run, attempt) as log:
             loop = make_loop(lab, run, log)

@@ -1,5 +1,6 @@
 "The short form of `python -m tests.harness`, and proof that its parts can fail."
 
+import json
 import shutil
 import time
 from contextlib import nullcontext
@@ -87,3 +88,15 @@ def test_without_the_replacement_a_torn_notebook_is_found(lab, monkeypatch):
     monkeypatch.setattr(notebook.pm_engine.WholeFiles, "write", in_place)
     ok, text = notebook.notebook(lab, 20, 0)
     assert not ok and "out.ipynb: NotJSONError" in text, text
+
+
+def test_a_generation_that_was_never_announced_is_dropped(lab, tmp_path):
+    "Its log is cut by the resume; an announced one stays, whatever its state"
+    run = lab.whole(tmp_path)
+    pointer = run.ckpts_last / "CURRENT.json"
+    newest, before = (run.ckpts_last / f"step_{n:09d}" for n in (8, 6))
+    checkpoint.drop_unannounced(run, checkpoint.Found(before, {}))
+    assert newest.is_dir() and before.is_dir()
+    pointer.write_text(json.dumps({"dir": before.name}))
+    checkpoint.drop_unannounced(run, checkpoint.Found(before, {}))
+    assert before.is_dir() and not newest.exists()

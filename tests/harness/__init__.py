@@ -8,6 +8,7 @@ from . import after, costs, damage, faults, notebook, power, races
 PARTS = {
     "kills": (faults.kills, {"n": 1000}, {"n": 15}),
     "operations": (faults.operations, {}, {"most": 16}),
+    "twice": (faults.twice, {"n": 600}, {"n": 10}),
     "until_done": (faults.until_done, {"n": 200}, {"n": 3}),
     "afterwards": (after.afterwards, {}, {"most": 12}),
     "power": (power.power, {"n": 20_000}, {"n": 2000}),

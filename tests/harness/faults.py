@@ -4,7 +4,7 @@ import errno
 import random
 import time
 
-from minsnr_nb import durable
+from minsnr_nb import api, durable
 from minsnr_nb.checkpoint import find_checkpoint
 from tests.faulty_os import FaultyOS, fails_with, half_then_dies
 
@@ -97,6 +97,31 @@ def operations(lab: Lab, most: int | None = None, sabotage=None) -> tuple[bool, 
         not wrong,
         f"{trials} trials at {total} operations, {trials - len(wrong)} bitwise equal {wrong[:1] or ''}",
     )
+
+
+def twice(lab: Lab, n: int) -> tuple[bool, str]:
+    "Die at one operation, and at another of the resume: the run is valid, and ends with the same bits"
+    rng, wrong = random.Random(8), []
+    with scratch() as root:
+        with durable_os(Quiet()) as counter:
+            want = bits(lab.whole(root / "whole"))
+        for i in range(n):
+            place, at = root / str(i), rng.randint(1, counter.count)
+            forked(with_fault(lab, place, at, dies))
+            for run in visible(place):
+                again = rng.randint(1, counter.count)
+
+                def resume(run=run, again=again):
+                    durable.os = FaultyOS(again, dies)
+                    lab.train(run)
+
+                forked(resume)
+                found = invalid(run)
+                status, words = told(lambda run=run: api.resume_run(run.path))
+                found += [] if status == 0 and bits(run) == want else [f"not the same bits {words}"]
+                wrong += [(at, again, f) for f in found[:1]]
+            _drop(place)
+    return not wrong, f"{n} pairs of deaths, {len(wrong)} wrong {wrong[:1] or ''}"
 
 
 def until_done(lab: Lab, n: int) -> tuple[bool, str]:
