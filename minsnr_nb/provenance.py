@@ -85,7 +85,8 @@ def source_digest() -> dict:
     import minsnr_nb
 
     folder = Path(minsnr_nb.__file__).parent
-    parts = [f"{p.name}\0{sha256(p)}\n" for p in sorted(folder.glob("*.py"))]
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*.py")}
+    parts = [f"{name}\0{sha256(p)}\n" for name, p in sorted(files.items())]
     return {
         "package": "minsnr_nb",
         "version": minsnr_nb.__version__,
