@@ -10,19 +10,21 @@ from minsnr_nb.api import (
     train_run,
 )
 from minsnr_nb.callbacks import CALLBACKS
-from minsnr_nb.config import Config, ConfigError, MinsnrError
+from minsnr_nb.config import Config
+from minsnr_nb.errors import ConfigError, MinsnrError
 from minsnr_nb.data import DATASETS, ImageSet, pixels
 from minsnr_nb.diffusion import add_noise, convert, eps_from, v_from, x0_from
 from minsnr_nb.ema import WRAPPERS
 from minsnr_nb.evaluate import Evaluator, report
-from minsnr_nb.events import read_events, to_frame
-from minsnr_nb.explorer import explore
+from minsnr_nb.record.events import read_events, to_frame
+from minsnr_nb.analysis.explorer import explore
 from minsnr_nb.lab import LANES, Lab, build, load
 from minsnr_nb.metrics import METRICS
 from minsnr_nb.minsnr_loss import WEIGHTINGS, loss_weight
 from minsnr_nb.objective import DENSITIES, Objective, make_objective, probe_loss, snr_bins
-from minsnr_nb.run_index import runs_df
-from minsnr_nb.run_layout import Run, check_run, list_runs, open_run
+from minsnr_nb.record.index import runs_df
+from minsnr_nb.record.checks import check_run
+from minsnr_nb.record.directory import Run, list_runs, open_run
 from minsnr_nb.samplers import SAMPLERS, denoiser, sample
 from minsnr_nb.schedule import SCHEDULES, NoiseSchedule, zero_terminal_snr
 from minsnr_nb.seeds import Stream, stream

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'KEEP', 'FILES', 'optimizer_tensors', 'load_optimizer', 'snapshot', 'portable', 'json_or_none',
            'environment', 'make_manifest', 'save_checkpoint', 'Found', 'damage', 'find_checkpoint', 'drop_unannounced',
-           'CheckpointError', 'restore', 'changed_environment', 'save_weights', 'Checkpoint']
+           'CheckpointError', 'restore', 'changed_environment', 'save_weights', 'Checkpoint', 'store_samples',
+           'Predictions', 'state_sha256']
 
 # %% ../nbs/52_checkpoint.ipynb #5f8e73eb
 import hashlib
@@ -15,18 +16,22 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from .callbacks import CALLBACKS
-from .config import MinsnrError, config_sha256
-from .durable import create, make_dir, publish, remove, replace, sha256
+from .config import NonNegativeInt, PositiveInt, config_sha256
+from .errors import MinsnrError
+from .durable import create, digest, make_dir, publish, remove, replace, sha256
 from .guard import tensor_bytes
-from .records import from_json, inside, read_plain
-from .run_layout import Run
-from .run_state import fence
+from .guard import from_json, inside, read_plain
+from .record.directory import Run
+from .record.predictions import MAX_FRAMES, intrinsics, save_predictions
+from .record.state import fence
+from .show import png, tile, to_uint8
 from .train_loop import Callback, Loop, StepResult, TrainState
 
 # %% ../nbs/52_checkpoint.ipynb #9970e434
@@ -294,3 +299,54 @@ class Checkpoint(Callback):
             if wanted:
                 save_checkpoint(loop, slot, files)
                 save_weights(loop, slot)
+
+# %% ../nbs/52_checkpoint.ipynb #57d7bc1f
+def store_samples(
+    run: Run,
+    images: Tensor,  # (N, C, H, W), in [-1, 1]; N at most MAX_FRAMES
+    sampler: dict,  # Name and keywords
+    *,
+    step: int,  # At which the weights were what they are
+    weights_sha256: str,  # Digest of the weights
+    weights: str = "last",  # Which averaged weights
+    seed: int = 0,  # Of the noise
+) -> Path:  # The directory of the set
+    "Store samples with everything that decided them"
+    pointer = json_or_none(run.path / "ckpts" / weights / "CURRENT.json") or {}
+    kept = pointer.get("manifest_sha256") if pointer.get("step") == step else None
+    saved = {"step": step, "weights_sha256": weights_sha256, "manifest_sha256": kept}
+    about = intrinsics(tuple(images.shape[1:]), run.config(), sampler, saved, weights)
+    pixels = to_uint8(images).permute(0, 2, 3, 1).contiguous().numpy()
+    grid = png(tile(images, ncols=max(1, round(len(images) ** 0.5))))
+    return save_predictions(run, np.asarray(pixels), about, grid, seed)
+
+# %% ../nbs/52_checkpoint.ipynb #882cd577
+@CALLBACKS.register("predictions")
+class Predictions(Callback):
+    "Store samples into artifacts/predictions"
+
+    order = 92
+
+    def __init__(self, *, every: NonNegativeInt = 0, n: PositiveInt = 16):
+        self.every, self.n = every, min(n, MAX_FRAMES)  # every = 0: with each evaluation
+
+    def after_step(self, loop: Loop, result: StepResult) -> None:
+        if loop.due(self.every or loop.cfg.eval.every):
+            network = loop.state.ema.model
+            sampler = {"name": loop.cfg.sampler.name} | loop.cfg.sampler.keywords
+            store_samples(
+                loop.run,
+                loop.sample(network, self.n),
+                sampler,
+                step=result.step,
+                weights_sha256=state_sha256(network.state_dict()),
+                seed=loop.cfg.seed,
+            )
+
+
+def state_sha256(
+    tensors: dict[str, Tensor],  # A network's state
+) -> str:
+    "Digest of weights, whatever device they are on"
+    parts = (f"{k}\0".encode() + v.numpy().tobytes() for k, v in portable(tensors).items())
+    return digest(b"".join(parts))

@@ -24,8 +24,9 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from . import durable
-from .config import ConfigError, NonNegativeInt, PositiveInt
-from minsnr_nb.image_files import (
+from .config import NonNegativeInt, PositiveInt
+from .errors import ConfigError
+from minsnr_nb.images.files import (
     SPLITS,
     cached,
     class_names,
@@ -36,7 +37,7 @@ from minsnr_nb.image_files import (
     read_image,
     read_images,
 )
-from .provenance import project_root
+from .settings import project_root
 from .registry import Registry
 from .seeds import Stream, stream
 

@@ -17,7 +17,8 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from .config import ConfigError, Fraction, Positive, PositiveInt
+from .config import Fraction, Positive, PositiveInt
+from .errors import ConfigError
 from .registry import Registry
 from .schedule import NoiseSchedule
 from .seeds import Stream

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .config import ConfigError, nearest
+from .errors import ConfigError, nearest
 from .schedule import NoiseSchedule
 
 # %% ../nbs/22_diffusion.ipynb #40158f84

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from minsnr_nb.config import MinsnrError
+from minsnr_nb.errors import MinsnrError
 
 try:
     import fcntl

@@ -18,10 +18,11 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import ConfigError, PositiveInt
+from .config import PositiveInt
+from .errors import ConfigError
 from .data import ImageSet, order, pixels
 from .guard import tensor_bytes
-from .image_files import cached
+from .images.files import cached
 from .registry import Registry
 from .seeds import Stream, fixed_torch, stream
 

@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .config import ConfigError, NonNegative, Positive
+from .config import NonNegative, Positive
+from .errors import ConfigError
 from .diffusion import SIGMA_DATA, Prediction, error_ratio
 from .registry import Registry
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .config import ConfigError
+from .errors import ConfigError
 from .density import DENSITIES, Density, make_density, uniform  # noqa: F401 the lane
 from .diffusion import SIGMA_DATA, Prediction, add_noise, error_ratio, target
 from .minsnr_loss import contains_density, loss_weight, snr_speed

@@ -29,7 +29,7 @@ from papermill.inspection import _infer_parameters
 from papermill.iorw import LocalHandler, papermill_io
 from papermill.translators import translate_parameters
 
-from minsnr_nb.config import nearest
+from minsnr_nb.errors import nearest
 from minsnr_nb.durable import make_dir, replace
 
 TYPES = {"float": float, "int": int, "str": str, "bool": bool}

@@ -13,7 +13,8 @@ from typing import Callable, Iterator
 
 from pydantic import BaseModel, create_model
 
-from .config import ConfigError, Strict, frozen, nearest, problems
+from .config import Strict, frozen, problems
+from .errors import ConfigError, nearest
 
 # %% ../nbs/01_registry.ipynb #813f7bb3
 @cache

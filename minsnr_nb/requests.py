@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from .checkpoint import json_or_none, save_checkpoint, save_weights
-from .config import ConfigError, MinsnrError, nearest
+from .errors import ConfigError, MinsnrError, nearest
 from .durable import remove, replace
-from .events import lifecycle
-from .records import to_json, utc_now
-from .run_dir import Run
-from .run_state import fence
+from .record.events import lifecycle
+from .record.strict_json import to_json, utc_now
+from .record.directory import Run
+from .record.state import fence
 from .show import save_png, tile
 from .train_loop import Callback, Loop, StepResult
 

@@ -18,7 +18,8 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .config import ConfigError, Fraction, NonNegative, Positive, PositiveInt
+from .config import Fraction, NonNegative, Positive, PositiveInt
+from .errors import ConfigError
 from .diffusion import SIGMA_DATA, Prediction, time_of, x0_from
 from .registry import Registry
 from .schedule import NoiseSchedule

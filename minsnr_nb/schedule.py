@@ -17,7 +17,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .config import ConfigError, Fraction, NonNegative, Positive, PositiveInt
+from .config import Fraction, NonNegative, Positive, PositiveInt
+from .errors import ConfigError
 from .registry import Registry
 
 # %% ../nbs/21_schedule.ipynb #e5c7f934

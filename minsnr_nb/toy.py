@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import ConfigError
+from .errors import ConfigError
 from .diffusion import SIGMA_DATA, Prediction, at, error_ratio, locate
 from .schedule import NoiseSchedule
 from .seeds import Stream

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .config import Config, MinsnrError, OptimSection
+from .config import Config, OptimSection
+from .errors import MinsnrError
 from .data import ImageSet, flips, order, pixels
 from .ema import EMA
 from .objective import Objective

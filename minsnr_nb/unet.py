@@ -15,7 +15,8 @@ from annotated_types import Ge, Lt, MinLen, MultipleOf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import ConfigError, PositiveInt
+from .config import PositiveInt
+from .errors import ConfigError
 from .registry import Registry
 
 # %% ../nbs/40_unet.ipynb #104894d8

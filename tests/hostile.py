@@ -190,10 +190,11 @@ def frames() -> dict[str, bytes]:
 def documents(root: Path, canary: Path) -> dict[str, Callable]:
     "Things that have to be refused when they are opened: name -> call"
     from minsnr_nb import api
-    from minsnr_nb.image_files import read_image
-    from minsnr_nb.predictions import read_frame
-    from minsnr_nb.promote import find_model
-    from minsnr_nb.records import inside, read_json, read_log
+    from minsnr_nb.guard import inside
+    from minsnr_nb.images.files import read_image
+    from minsnr_nb.record.predictions import read_frame
+    from minsnr_nb.record.promote import find_model
+    from minsnr_nb.record.strict_json import read_json, read_log
     from tests.property_loaders import over_budget
 
     def kept(name: str, data: bytes) -> Path:
@@ -271,8 +272,9 @@ WATCHED += ("ctypes.dlopen", "webbrowser.open", "urllib.Request", "marshal.loads
 def judge(run_path: str, scratch: str) -> dict:
     "Open everything that is hostile, and say what was not refused and what happened"
     from minsnr_nb.checkpoint import find_checkpoint
-    from minsnr_nb.config import MinsnrError
-    from minsnr_nb.run_layout import Run, check_run
+    from minsnr_nb.errors import MinsnrError
+    from minsnr_nb.record.checks import check_run
+    from minsnr_nb.record.directory import Run
 
     root, run = Path(scratch) / "documents", Run(Path(run_path))
     canary = Path(scratch) / "canary"

@@ -17,9 +17,11 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from minsnr_nb.config import Config, ConfigError, MinsnrError, dump, load_config, read_yaml
+from minsnr_nb.config import Config, dump, load_config
+from minsnr_nb.errors import ConfigError, MinsnrError
 from minsnr_nb.guard import tensor_bytes, tensor_header
-from minsnr_nb.records import read_log
+from minsnr_nb.record.strict_json import read_log
+from minsnr_nb.strict_yaml import read_yaml
 
 # --- inputs ---------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minsnr_nb.explorer import objective_of, settings, summary, view
+from minsnr_nb.analysis.explorer import objective_of, settings, summary, view
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER),
     reason="no chromium here (Debian: apt-get install chromium chromium-driver)",
 )
-CELL = "from minsnr_nb.explorer import explore\n\nexplore()"
+CELL = "from minsnr_nb.analysis.explorer import explore\n\nexplore()"
 IDLE = """const lab = window.jupyterapp, panel = lab && lab.shell.currentWidget;
 const kernel = panel && panel.sessionContext && panel.sessionContext.session;
 return Boolean(kernel && kernel.kernel && kernel.kernel.status === 'idle');"""

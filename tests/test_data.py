@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minsnr_nb.config import ConfigError
 from minsnr_nb.data import DATASETS, ImageSet, find, order
-from minsnr_nb.image_files import cache_dir, cached, held_out, npy_parts, read_image
+from minsnr_nb.errors import ConfigError
+from minsnr_nb.images.files import cache_dir, cached, held_out, npy_parts, read_image
 from minsnr_nb.seeds import stream
 from tests.runs import ROOT, run_dir, typed
 
@@ -146,7 +146,7 @@ def test_a_zip_that_grows_beyond_measure_is_refused_before_it_is_unpacked(tmp_pa
             z.filelist.append(other := copy(z.filelist[0]))
             other.filename = f"b/{i}.png"
     assert refused(tmp_path / "often.zip", "would have 2097152000 bytes") < 4 << 20
-    monkeypatch.setattr("minsnr_nb.image_files.MAX_INFLATED", 1 << 20)
+    monkeypatch.setattr("minsnr_nb.images.files.MAX_INFLATED", 1 << 20)
     refused(make_zip(tmp_path / "large.zip", zeros), "33554432 bytes, packed in")
 
 
@@ -250,7 +250,7 @@ def test_a_config_names_no_place_on_this_machine(tmp_path, capsys, monkeypatch):
 
 
 def test_a_changed_image_is_decoded_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("minsnr_nb.image_files.CACHE_FROM", 1)
+    monkeypatch.setattr("minsnr_nb.images.files.CACHE_FROM", 1)
     folder = tmp_path / "mine"
     zipfile.ZipFile(make_zip(tmp_path / "z.zip", PLAIN)).extractall(folder)
     first = load(folder)
@@ -263,7 +263,7 @@ def test_a_changed_image_is_decoded_again(tmp_path, monkeypatch):
 
 
 def test_a_cache_that_is_a_file_does_not_stop_a_run(monkeypatch, tmp_path):
-    monkeypatch.setattr("minsnr_nb.image_files.CACHE_FROM", 1)
+    monkeypatch.setattr("minsnr_nb.images.files.CACHE_FROM", 1)
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("MINSNR_CACHE", str(tmp_path / "taken"))
     assert cached("images", "k", lambda: np.ones(3, np.uint8), npy_parts, np.load).sum() == 3

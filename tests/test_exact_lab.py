@@ -3,8 +3,15 @@
 import pytest
 import torch
 
+from minsnr_nb.analysis.exact_lab import (
+    counts,
+    exact_model,
+    excess_loss,
+    optimal_probs,
+    redraw,
+    shares,
+)
 from minsnr_nb.diffusion import PREDICTIONS
-from minsnr_nb.exact_lab import counts, exact_model, excess_loss, optimal_probs, redraw, shares
 from minsnr_nb.minsnr_loss import WEIGHTINGS
 from minsnr_nb.objective import effective_weighting, make_objective
 from minsnr_nb.schedule import SCHEDULES, linear, zero_terminal_snr

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from minsnr_nb import checkpoint, durable, runner, seal
+from minsnr_nb import checkpoint, durable, runner
+from minsnr_nb.record import seal
 from tests.harness import PARTS, after, damage, faults, notebook, power, races
 from tests.harness.lab import Lab
 

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from minsnr_nb.identify import KNOWN_WRONG, SAME, families, identify
+from minsnr_nb.analysis.identify import KNOWN_WRONG, SAME, families, identify
 from minsnr_nb.minsnr_loss import WEIGHTINGS, loss_weight
 from minsnr_nb.schedule import SCHEDULES
 from tests.test_vectors import SCHEDULE_NAMES, VECTORS, entry_of, numbers, schedule_of

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from minsnr_nb.config import ConfigError
 from minsnr_nb.density import DENSITIES, make_density
 from minsnr_nb.diffusion import PREDICTIONS, add_noise, convert, target
+from minsnr_nb.errors import ConfigError
 from minsnr_nb.minsnr_loss import WEIGHTINGS, contains_density, loss_weight
 from minsnr_nb.objective import effective_weighting, make_objective
 from minsnr_nb.schedule import SCHEDULES, from_curve, zero_terminal_snr

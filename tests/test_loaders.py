@@ -12,7 +12,7 @@ def healthy(tmp_path_factory):
 
 
 def test_a_loader_that_lets_an_error_through_is_found(monkeypatch):
-    monkeypatch.setattr("minsnr_nb.records.from_json", lambda text: {}[text])
+    monkeypatch.setattr("minsnr_nb.guard.from_json", lambda text: {}[text])
     with pytest.raises(KeyError):
         property_loaders.run(100, "log")
 
@@ -63,5 +63,5 @@ r.pickle_problem = careless
 
 
 def test_a_decoder_that_starts_a_program_is_found(healthy):
-    figures = hostile.run(healthy, "import minsnr_nb.image_files as i; i.FORMATS = None")
+    figures = hostile.run(healthy, "import minsnr_nb.images.files as i; i.FORMATS = None")
     assert any(x.startswith("image: a program: subprocess.Popen") for x in figures["happened"])

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from minsnr_nb import metrics
-from minsnr_nb.config import ConfigError
 from minsnr_nb.data import pixels, shapes
-from minsnr_nb.image_files import cache_dir
+from minsnr_nb.errors import ConfigError
+from minsnr_nb.images.files import cache_dir
 from minsnr_nb.metrics import METRICS, anchors, cloud, feature_net, frechet, mmd2, moments
 from minsnr_nb.seeds import stream
 

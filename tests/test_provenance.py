@@ -9,7 +9,7 @@ import pytest
 
 import minsnr_nb
 
-CODE = "from minsnr_nb.provenance import source_digest; print(source_digest()['digest'])"
+CODE = "from minsnr_nb.record.provenance import source_digest; print(source_digest()['digest'])"
 
 
 @pytest.fixture

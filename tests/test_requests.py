@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from minsnr_nb.record.directory import open_run
+from minsnr_nb.record.state import derive_state
 from minsnr_nb.requests import ask
-from minsnr_nb.run_layout import derive_state, open_run
 from tests.runs import BIN, ROOT, SMALL, digests, environment, log_lines, minsnr, run_dir
 
 LONG = SMALL.replace("steps: 12, batch_size: 32", "steps: 300, batch_size: 32")

@@ -14,19 +14,11 @@ from pathlib import Path
 import pytest
 
 from minsnr_nb import durable
-from minsnr_nb.config import ConfigError
-from minsnr_nb.events import EventLog, lifecycle, read_events
-from minsnr_nb.run_layout import (
-    check_run,
-    contract_report,
-    create_run,
-    derive_state,
-    list_runs,
-    open_run,
-    set_status,
-    start_attempt,
-    write_summary,
-)
+from minsnr_nb.errors import ConfigError
+from minsnr_nb.record.checks import check_run, contract_report
+from minsnr_nb.record.directory import create_run, list_runs, open_run, write_summary
+from minsnr_nb.record.events import EventLog, lifecycle, read_events
+from minsnr_nb.record.state import derive_state, set_status, start_attempt
 
 from .faulty_os import FaultyOS, fails_with, half_then_dies
 
@@ -124,8 +116,9 @@ def test_killed_while_logging_then_resumed(tmp_path):
     run = make(tmp_path)
     code = """
 import sys
-from minsnr_nb.run_layout import open_run, set_status, start_attempt
-from minsnr_nb.events import EventLog
+from minsnr_nb.record.directory import open_run
+from minsnr_nb.record.state import set_status, start_attempt
+from minsnr_nb.record.events import EventLog
 run = open_run(sys.argv[1])
 set_status(run, "running", 0, None, attempt=start_attempt(run))
 log, step = EventLog(run), 0
@@ -218,7 +211,7 @@ def test_every_call_of_creation_failing(tmp_path, monkeypatch):
 CREATE = """
 import sys; sys.path.insert(0, sys.argv[2])
 from tests.test_run_layout import make
-from minsnr_nb.config import ConfigError
+from minsnr_nb.errors import ConfigError
 try: print(make(sys.argv[1], files={"pip_freeze.txt": b"x" * 200_000}).id)
 except ConfigError as e: sys.exit(f"{e.exit_code} {e}")
 """
@@ -435,7 +428,7 @@ def test_these_modules_are_light():
     assert out == "[]\n", err
 
 
-DOOR = "import json\nfrom minsnr_nb.provenance import command, project_root\n"
+DOOR = "import json\nfrom minsnr_nb.record.provenance import command, project_root\n"
 DOOR += "print(json.dumps(command(project_root())))"
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from minsnr_nb.config import ConfigError
 from minsnr_nb.diffusion import x0_from
+from minsnr_nb.errors import ConfigError
 from minsnr_nb.samplers import SAMPLERS, denoiser, sample
 from minsnr_nb.schedule import SCHEDULES, NoiseSchedule, zero_terminal_snr
 from minsnr_nb.seeds import stream

@@ -8,9 +8,9 @@ import tarfile
 
 import pytest
 
-from minsnr_nb.provenance import freeze
-from minsnr_nb.run_layout import open_run, write_summary
-from minsnr_nb.seal import audit, is_sealed, unseal
+from minsnr_nb.record.directory import open_run, write_summary
+from minsnr_nb.record.provenance import freeze
+from minsnr_nb.record.seal import audit, is_sealed, unseal
 from tests.runs import SMALL, run_dir, typed
 
 
@@ -125,7 +125,7 @@ def test_export_is_small_redacted_and_described(finished, tmp_path, capsys):
 
 
 def test_a_tree_to_the_letter(copy, tmp_path, capsys):
-    from minsnr_nb.contract_tree import literal_problems
+    from minsnr_nb.record.tree import literal_problems
 
     assert typed(capsys, "sample", copy, "--n", "4", "--save-predictions").returncode == 0
     done = typed(capsys, "export", copy, "--tree", tmp_path / "b")
@@ -263,7 +263,7 @@ def test_changed_packages_are_taken_from_the_runs_own_lock(finished, capsys, mon
     )
     uv.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("minsnr_nb.repro.freeze", lambda: freeze() + "another==1\n")
+    monkeypatch.setattr("minsnr_nb.record.repro.freeze", lambda: freeze() + "another==1\n")
     done = typed(capsys, "repro", finished, "--verify")
     assert done.stdout.strip() == "identical to step 12" and done.returncode == 0, done.stderr
     assert "changed: another: absent then, 1 now" in done.stderr

@@ -8,8 +8,9 @@ from safetensors.torch import load
 
 from minsnr_nb.api import resume_run, train_run
 from minsnr_nb.callbacks import CALLBACKS
-from minsnr_nb.config import ConfigError
-from minsnr_nb.run_layout import check_run, open_run
+from minsnr_nb.errors import ConfigError
+from minsnr_nb.record.checks import check_run
+from minsnr_nb.record.directory import open_run
 from minsnr_nb.train_loop import Callback
 
 SMALL = {

@@ -8,7 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from minsnr_nb import api, checkpoint, events, runner
+from minsnr_nb import api, checkpoint, runner
+from minsnr_nb.record import events
 from minsnr_nb.requests import Requests
 
 spent: dict[str, float] = {}

@@ -187,7 +187,7 @@ for path in sorted(Path("minsnr_nb").glob("*.py")):
     for name in re.findall(r"^([A-Z_]+) = Registry\\(", path.read_text("utf-8"), re.M):
         print("registry", name)
 if Path("minsnr_nb/run_dir.py").exists():
-    from minsnr_nb.run_dir import LAYOUT
+    from minsnr_nb.record.directory import LAYOUT
     print(*(f"entry {e.path}" for e in LAYOUT), sep="\\n")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)

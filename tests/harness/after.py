@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from minsnr_nb import api, durable
-from minsnr_nb.run_layout import Run
+from minsnr_nb.record.directory import Run
 from tests.faulty_os import FaultyOS, fails_with, half_then_dies
 
 from .faults import Quiet, dies

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 from minsnr_nb.config import Config, dump
-from minsnr_nb.events import EventLog
-from minsnr_nb.run_dir import status_record
-from minsnr_nb.run_index import run_rows
+from minsnr_nb.record.directory import status_record
+from minsnr_nb.record.events import EventLog
+from minsnr_nb.record.index import run_rows
 
 from .lab import Lab, scratch
 

@@ -5,9 +5,9 @@ import random
 from contextlib import contextmanager
 
 from minsnr_nb.checkpoint import find_checkpoint
-from minsnr_nb.config import MinsnrError
-from minsnr_nb.records import read_log
-from minsnr_nb.run_layout import check_run
+from minsnr_nb.errors import MinsnrError
+from minsnr_nb.record.checks import check_run
+from minsnr_nb.record.strict_json import read_log
 
 from .lab import Lab, scratch
 

@@ -15,8 +15,9 @@ import torch
 
 from minsnr_nb import api, durable, runner
 from minsnr_nb.config import config_sha256
-from minsnr_nb.provenance import collect
-from minsnr_nb.run_layout import Run, check_run, create_run
+from minsnr_nb.record.checks import check_run
+from minsnr_nb.record.directory import Run, create_run
+from minsnr_nb.record.provenance import collect
 
 CONFIG = {
     "project": "harness",

@@ -11,7 +11,7 @@ import os
 import random
 
 from minsnr_nb import durable
-from minsnr_nb.run_layout import LAYOUT
+from minsnr_nb.record.directory import LAYOUT
 
 from .lab import Lab, durable_os, scratch
 

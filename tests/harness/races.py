@@ -7,8 +7,9 @@ from datetime import datetime, timezone
 from unittest.mock import patch
 
 from minsnr_nb import api
-from minsnr_nb.config import ConfigError
-from minsnr_nb.run_layout import list_runs, start_attempt
+from minsnr_nb.errors import ConfigError
+from minsnr_nb.record.directory import list_runs
+from minsnr_nb.record.state import start_attempt
 
 from .lab import Lab, fork, forked, invalid, scratch, status_of
 

@@ -1,0 +1,46 @@
+"""Expected failures, in one line each: what, where, and what is allowed."""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["ConfigError", "MinsnrError", "nearest"]
+
+
+class MinsnrError(Exception):
+    "An expected failure, told in one line"
+
+    exit_code = 1
+
+
+class ConfigError(MinsnrError):
+    "The request was wrong; nothing was written"
+
+    exit_code = 2
+
+
+def _slips(a: str, b: str) -> int:
+    "Count the slips between two words"
+    if abs(len(a) - len(b)) > 2:
+        return 3
+    before, row = [], list(range(len(b) + 1))
+    for i, x in enumerate(a):
+        before, above, row = row, before, [i + 1]
+        for j, y in enumerate(b):
+            row.append(min(before[j + 1] + 1, row[j] + 1, before[j] + (x != y)))
+            if i and j and x == b[j - 1] and y == a[i - 1]:
+                row[-1] = min(row[-1], above[j - 1] + 1)
+    return row[-1]
+
+
+def nearest(
+    name: str,  # What was written
+    known: Iterable[str],  # What exists
+) -> str:  # Ready to append to a message
+    "Name the likeliest candidate and list the others"
+    known, name = sorted(known), str(name)[:64]
+    slips = min(((_slips(name, k), k) for k in known), default=(3, ""))
+    close = [slips[1]] if slips[0] <= min(2, len(name) - 1) else []
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return (
+        f"; did you mean {close[0]!r}?" if close else ";"
+    ) + f" Known: {', '.join(known) or 'none'}"
