@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'KEEP', 'FILES', 'optimizer_tensors', 'load_optimizer', 'snapshot', 'portable', 'json_or_none',
-           'environment', 'make_manifest', 'save_checkpoint', 'Found', 'damage', 'find_checkpoint', 'drop_unannounced',
+           'deciding', 'make_manifest', 'save_checkpoint', 'Found', 'damage', 'find_checkpoint', 'drop_unannounced',
            'CheckpointError', 'restore', 'changed_environment', 'save_weights', 'Checkpoint', 'store_samples',
            'Predictions', 'state_sha256']
 
@@ -97,7 +97,7 @@ def json_or_none(path: Path) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
-def environment(
+def deciding(
     loop: Loop,  # Its device
 ) -> dict:
     "Name what, besides the config, decides the bits of a run"
@@ -126,7 +126,7 @@ def make_manifest(
         "files": digests,
         "config_sha256": config_sha256(loop.cfg),
         "metrics": loop.log.offset() if loop.log else None,
-        **environment(loop),
+        **deciding(loop),
         "created_at_utc": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 
@@ -267,7 +267,7 @@ def changed_environment(
     found: Found,  # As it was
 ) -> list[str]:  # "torch: 2.15.0 then, 2.16.0 now"
     "List what has changed that can change bits"
-    then, now = found.manifest, environment(loop)
+    then, now = found.manifest, deciding(loop)
     return [f"{k}: {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
 
 # %% ../nbs/52_checkpoint.ipynb #0dc970d2

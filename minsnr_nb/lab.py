@@ -31,7 +31,7 @@ from .registry import keyword_model, load_plugins
 from .samplers import SAMPLERS
 from .schedule import SCHEDULES, zero_terminal_snr
 from .seeds import fixed_torch
-from .train_loop import TrainState, make_optimizer
+from .train_loop import Callback, TrainState, make_optimizer
 from .uncertainty import UNCERTAINTIES
 from .unet import MODELS
 
@@ -135,6 +135,10 @@ class Lab:
         model = model.to(self.device)
         ema = WRAPPERS.bind(self.cfg.ema.name, self.cfg.ema.keywords)(model)
         return TrainState(model, ema, make_optimizer(model, self.cfg.optim))
+
+    def callbacks(self) -> list[Callback]:
+        "Make the callbacks that the config lists, each with its own keys"
+        return [CALLBACKS.bind(c.name, c.keywords)() for c in self.cfg.callbacks]
 
 # %% ../nbs/70_lab.ipynb #25887305
 def build(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .density import DENSITIES, Density, make_density, uniform  # noqa: F401 the lane
+from .density import DENSITIES, Density, make_density, uniform_density  # noqa: F401 the lane
 from .diffusion import SIGMA_DATA, Prediction, add_noise, error_ratio, target
 from .minsnr_loss import contains_density, loss_weight, snr_speed
 from .schedule import NoiseSchedule
@@ -137,7 +137,7 @@ def make_objective(
             f"loss.name: weighting {weighting!r} on the {prediction} loss is infinite at t = {t} "
             f"(snr = {schedule.snr[t]:.4g}); another weighting or prediction is needed there"
         )
-    density = uniform(schedule.timesteps) if density is None else density
+    density = uniform_density(schedule.timesteps) if density is None else density
     if len(density.probs) != schedule.timesteps:
         raise ConfigError(f"density: {len(density.probs)} levels, schedule: {schedule.timesteps}")
     refuse_double_counting(weighting, weighting_kw or {}, weight, density)

@@ -32,6 +32,8 @@ from papermill.translators import translate_parameters
 from minsnr_nb.errors import nearest
 from minsnr_nb.durable import make_dir, replace
 
+__all__ = ["StudyEngine", "StudyManager", "WholeFiles", "checked_parameters", "code_digest"]
+
 TYPES = {"float": float, "int": int, "str": str, "bool": bool}
 EXPECTED = {
     "ConfigError": 2,

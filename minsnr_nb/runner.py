@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 
-from .callbacks import CALLBACKS
 from minsnr_nb.checkpoint import (
     Found,
     drop_unannounced,
-    environment,
+    deciding,
     find_checkpoint,
     json_or_none,
     restore,
@@ -191,13 +190,12 @@ def make_loop(
     log: EventLog | None = None,  # Its event log
 ) -> Loop:
     "Put a lab's objects into a training loop"
-    callbacks = [CALLBACKS.bind(c.name, c.keywords)() for c in lab.cfg.callbacks]
     return Loop(
         cfg=lab.cfg,
         state=lab.state(),
         objective=lab.objective,
         images=lab.train,
-        callbacks=callbacks,
+        callbacks=lab.callbacks(),
         device=lab.device,
         run=run,
         log=log,
@@ -286,7 +284,7 @@ def _changes(run: Run, lab: Lab, found: Found | None) -> dict[str, str]:
     if found:
         keys = ("torch", "num_threads", "device", "world_size")
         then |= {k: found.manifest.get(k) for k in keys}
-        now |= environment(lab)
+        now |= deciding(lab)
     return {k: f"{then[k]} then, {now[k]} now" for k in then if then[k] != now[k]}
 
 

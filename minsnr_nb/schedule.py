@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'NoiseSchedule', 'from_betas', 'through_levels', 'from_curve', 'zero_terminal_snr', 'linear',
-           'scaled_linear', 'sigmoid_beta', 'betas_from', 'cosine', 'sigmoid', 'vp_continuous', 'shifted_cosine',
-           'laplace', 'flow_linear', 'edm']
+           'scaled_linear', 'sigmoid_beta', 'betas_from', 'cosine', 'sigmoid_schedule', 'vp_continuous',
+           'shifted_cosine', 'laplace_schedule', 'flow_linear', 'edm_schedule']
 
 # %% ../nbs/21_schedule.ipynb #842cf9f8
 import math
@@ -246,8 +246,8 @@ def cosine(
     return from_betas(betas_from(kept, timesteps, max_beta), "cosine")
 
 # %% ../nbs/21_schedule.ipynb #d3a62f12
-@SCHEDULES.register
-def sigmoid(
+@SCHEDULES.register("sigmoid")
+def sigmoid_schedule(
     timesteps: PositiveInt,  # Number of levels, T
     *,
     start: float = -3.0,  # Where the piece of the sigmoid begins; Chen 2023, Alg. 1
@@ -295,8 +295,8 @@ def shifted_cosine(
     )
 
 # %% ../nbs/21_schedule.ipynb #022c21ce
-@SCHEDULES.register
-def laplace(
+@SCHEDULES.register("laplace")
+def laplace_schedule(
     timesteps: PositiveInt,  # Number of levels, T
     *,
     mu: float = 0.0,  # log SNR of the middle; Hang et al. 2024
@@ -324,8 +324,8 @@ def flow_linear(
     )
 
 # %% ../nbs/21_schedule.ipynb #e7531951
-@SCHEDULES.register
-def edm(
+@SCHEDULES.register("edm")
+def edm_schedule(
     timesteps: PositiveInt,  # Number of levels, T
     *,
     sigma_min: Positive = 0.002,  # Smallest noise level, noise / signal; Karras et al. 2022, tab. 1

@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from fastcore.meta import delegates
-from torch import Tensor
 
 from .durable import replace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 else:
-    Axes = Figure = Any
+    Axes = Figure = Tensor = Any
 
 # %% ../nbs/03_show.ipynb #0bf64413
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
@@ -180,6 +179,8 @@ def to_uint8(
     images: Tensor | np.ndarray,  # Any shape; float in [-1, 1], or already uint8
 ) -> Tensor:  # The same shape, uint8 on the CPU, 0 to 255
     "Turn network values into pixel values"
+    import torch
+
     pixels = torch.as_tensor(images).detach().cpu()
     if pixels.dtype == torch.uint8:
         return pixels

@@ -17,14 +17,14 @@ from minsnr_nb.errors import ConfigError
 __all__ = [
     "MAX_BYTES",
     "MAX_DEPTH",
-    "MAX_LINE",
+    "MAX_COLUMNS",
     "MAX_NODES",
     "plain_values",
     "read_yaml",
     "write_yaml",
 ]
 
-MAX_BYTES, MAX_DEPTH, MAX_NODES, MAX_LINE = 1 << 20, 64, 100_000, 1 << 16
+MAX_BYTES, MAX_DEPTH, MAX_NODES, MAX_COLUMNS = 1 << 20, 64, 100_000, 1 << 16
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,8 +60,8 @@ def _text_problem(text: str) -> str | None:
         return f"larger than {MAX_BYTES} bytes"
     if sum(map(text.count, ("\n", ",", "[", "{", ":", "- -", "? "))) > MAX_NODES:
         return f"more than {MAX_NODES} values"
-    if max(map(len, text.split("\n"))) > MAX_LINE:
-        return f"a line longer than {MAX_LINE} characters"
+    if max(map(len, text.split("\n"))) > MAX_COLUMNS:
+        return f"a line longer than {MAX_COLUMNS} characters"
     return None
 
 

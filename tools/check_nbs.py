@@ -3,6 +3,7 @@
 usage: python tools/check_nbs.py [ROOT]
 """
 
+import ast
 import json
 import os
 import re
@@ -14,10 +15,14 @@ from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 
-from _report import PLAIN, main
+from _report import FOLDERS, PLAIN, main, module_of, modules, pages
 
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
-MAX_BYTES, MAX_CELLS, MIN_PROSE = 300_000, 120, 0.3  # of a page; prose = markdown per code cell
+MAX_BYTES, MAX_CELLS, MAX_TOP = 300_000, 120, 32
+MIN_PROSE = (
+    0.3  # markdown cells for each cell of code; a cell that holds only a heading does not count
+)
+MAX_EXPORT = 25  # lines of code in an exported cell, its imports aside
 
 
 def default_exp(nb: dict) -> str | None:
@@ -37,8 +42,6 @@ def page(path: Path, text: str, nb: dict) -> Iterator[str]:
         yield f"{len(text.encode())} bytes; at most {MAX_BYTES}"
     if len(kinds) > MAX_CELLS:
         yield f"{len(kinds)} cells; at most {MAX_CELLS}"
-    if kinds.count("markdown") < MIN_PROSE * kinds.count("code"):
-        yield f"{kinds.count('markdown')} markdown cells for {kinds.count('code')} of code"
     for cell in nb["cells"]:
         for out in cell.get("outputs", []):
             if out["output_type"] == "error" or out.get("name") == "stderr":
@@ -46,12 +49,53 @@ def page(path: Path, text: str, nb: dict) -> Iterator[str]:
 
 
 def module(path: Path, exp: str | None) -> Iterator[str]:
-    "One notebook = one module with the same stem"
-    numbered = re.fullmatch(r"\d\d_(\w+)", path.stem)
-    if exp and (not numbered or exp != numbered[1]):
-        yield f"exports to {exp!r}; a module has the stem of its notebook, NN_{exp}.ipynb"
-    if not numbered and not path.stem.startswith("study_"):
+    "One notebook = one module; the stem is the last part of its name, the folder the part before"
+    wanted, folder = module_of(path), path.parent.as_posix()
+    if exp and exp != wanted:
+        yield f"exports to {exp!r}; a module has the folder and the stem of its notebook: {wanted}"
+    if wanted is None and not (path.stem.startswith("study_") or folder == "docs"):
         yield "named neither NN_module nor study_name"
+    if folder not in (".", "docs", *FOLDERS):
+        yield f"{folder} is no wing (tools/_report.py)"
+
+
+def shape(nb: dict) -> Iterator[str]:
+    "Exported cells that are too long, and pages with too little prose"
+    code = [c for c in nb["cells"] if c["cell_type"] == "code"]
+    texts = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown"]
+    prose = [t for t in texts if re.sub(r"(?m)^#.*$", "", t).strip()]
+    if len(prose) < MIN_PROSE * len(code):
+        yield f"{len(prose)} markdown cells with prose for {len(code)} of code"
+    for cell in code:
+        source = "".join(cell["source"])
+        if re.match(r"#\|\s*export", source) and (n := lines(source)) > MAX_EXPORT:
+            yield f"cell {cell.get('id')}: exports {n} lines; at most {MAX_EXPORT}, split it"
+
+
+def lines(source: str) -> int:
+    "Lines of code in a cell: no blanks, comments, imports, parameters or docstrings of their own"
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return 0
+    counted: set[int] = set()
+    for node in ast.walk(ast.Module(body, [])):
+        if isinstance(node, ast.stmt) and not isinstance(node, ast.Import | ast.ImportFrom):
+            first = node.body[0].lineno if isinstance(node, ast.FunctionDef) else node.lineno
+            counted |= set(range(first, (node.end_lineno or first) + 1))
+            counted.add(node.lineno)
+    rows = source.splitlines()
+    return sum(
+        bool(rows[i - 1].strip()) and not rows[i - 1].lstrip().startswith("#") for i in counted
+    )
+
+
+def opening(nb: dict) -> Iterator[str]:
+    "Prose in the first markdown cell, which the site turns into front matter and loses"
+    first = next(("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown"), "")
+    rest = re.sub(r"\A# [^\n]+\n+(> [^\n]+\n?)*", "", first).strip()
+    if rest:
+        yield f"the first markdown cell holds more than title and description: {rest[:40]!r}…"
 
 
 def cleaned(text: str, root: Path) -> str:
@@ -63,6 +107,11 @@ def cleaned(text: str, root: Path) -> str:
     with chdir(root):  # the rules for metadata are in this root's pyproject.toml
         _nbdev_clean(nb)
     return nb2str(nb)
+
+
+def files(root: Path) -> list[Path]:
+    "Every module of the package, private ones too"
+    return sorted((root / "minsnr_nb").rglob("*.py"))
 
 
 def exported(root: Path) -> Iterator[str]:
@@ -84,7 +133,7 @@ def exported(root: Path) -> Iterator[str]:
             yield f"nbs: the export fails: {done.stderr.splitlines()[-1][:200]}"
             return
         want, have = (
-            {p.name: p.read_text("utf-8") for p in (r / "minsnr_nb").glob("*.py")}
+            {p.relative_to(r / "minsnr_nb").as_posix(): p.read_text("utf-8") for p in files(r)}
             for r in (copy, root)
         )
     for name in sorted(want.keys() | have.keys()):
@@ -95,22 +144,24 @@ def exported(root: Path) -> Iterator[str]:
 
 
 def findings(root: Path) -> Iterator[str]:
-    paths, seen = sorted((root / "nbs").glob("**/*.ipynb")), {}
-    paths = [p for p in paths if not any(part.startswith((".", "_")) for part in p.parts)]
+    paths, seen = pages(root), {}
+    top = [p for p in paths if p.parent == Path(".")]
+    if len(top) > MAX_TOP:
+        yield f"nbs: {len(top)} pages at the top; at most {MAX_TOP}, the rest belongs into a wing"
     if not paths:
         yield "nbs: no notebooks"
     for path in paths:
-        text = path.read_text("utf-8")
+        text = (root / "nbs" / path).read_text("utf-8")
         nb = json.loads(text)
         exp = default_exp(nb)
         if exp in seen:
-            yield f"nbs/{path.name}: exports to {exp!r}, as {seen[exp]} does"
+            yield f"nbs/{path}: exports to {exp!r}, as {seen[exp]} does"
         if exp:
-            seen[exp] = path.name
-        found = [*page(path, text, nb), *module(path, exp)]
+            seen[exp] = path
+        found = [*page(path, text, nb), *module(path, exp), *opening(nb), *shape(nb)]
         if cleaned(text, root) != text:
             found.append("not clean; run nbdev_clean")
-        yield from (f"nbs/{path.name}: {line}" for line in found)
+        yield from (f"nbs/{path}: {line}" for line in found)
     yield from exported(root)
 
 
