@@ -113,7 +113,7 @@ def _values(
     data: Tensor | np.ndarray | Sequence[float],  # Numbers, any device, any precision
 ) -> np.ndarray:  # The same numbers, float64
     "Bring numbers to numpy"
-    if isinstance(data, Tensor):
+    if hasattr(data, "detach"):
         data = data.detach().cpu()
     return np.asarray(data, dtype=np.float64)
 

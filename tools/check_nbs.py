@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 
-from _report import FOLDERS, PLAIN, main, module_of, modules, pages
+from _report import FOLDERS, PLAIN, main, module_of, pages
 
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 MAX_BYTES, MAX_CELLS, MAX_TOP = 300_000, 120, 32

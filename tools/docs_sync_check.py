@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import _report
 import yaml
-from _report import main
 
 TOP = "nbs minsnr_nb configs tests tools .ci .github".split()  # where a named path must exist
 SPAN = re.compile(r"`([^`\n]+)`")
@@ -29,10 +29,10 @@ def pages(root: Path) -> dict[str, str]:
     "The prose of the repository: pages, and the markdown cells of notebooks"
     texts = [*root.glob("*.md"), *root.glob("nbs/*.qmd"), *root.glob("nbs/docs/*.qmd")]
     found = {p.relative_to(root).as_posix(): p.read_text("utf-8") for p in sorted(texts)}
-    for path in sorted(root.glob("nbs/*.ipynb")):
-        cells = json.loads(path.read_text("utf-8"))["cells"]
+    for path in _report.pages(root):
+        cells = json.loads((root / "nbs" / path).read_text("utf-8"))["cells"]
         prose = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
-        found[f"nbs/{path.name}"] = "\n\n".join(prose)
+        found[f"nbs/{path.as_posix()}"] = "\n\n".join(prose)
     return found
 
 
@@ -72,23 +72,31 @@ def paths(root: Path, snippet: str) -> Iterator[str]:
     for word in re.findall(rf"(?<![\w/.*])(?:{'|'.join(map(re.escape, TOP))})/[\w./-]+", snippet):
         if not (root / word.rstrip(".")).exists() and not re.search(r"NN|[<*{…]", snippet):
             yield f"`{word}`: no such file"
-    if re.fullmatch(r"\d\d_\w+", snippet) and not (root / f"nbs/{snippet}.ipynb").exists():
+    page = re.fullmatch(r"(\w+/)?\d\d_\w+", snippet)
+    if page and not (root / f"nbs/{snippet}.ipynb").exists():
         yield f"`{snippet}`: no such notebook"
 
 
 def constants(root: Path, snippet: str) -> Iterator[str]:
     "Registries and tables in capitals that no module has"
     if re.fullmatch(r"[A-Z]{4,}S", snippet):
-        modules = "".join(p.read_text("utf-8") for p in (root / "minsnr_nb").glob("*.py"))
-        if not re.search(rf"^{snippet}\b.*=", modules, re.M):
+        if not re.search(rf"^{snippet}\b.*=", _sources(root), re.M):
             yield f"`{snippet}`: no module defines it"
 
 
 @cache
 def modules(root: Path) -> dict[str, ast.Module]:
     "Every module of the package, parsed"
-    files = sorted((root / "minsnr_nb").glob("*.py"))
-    return {p.stem: ast.parse(p.read_text("utf-8")) for p in files}
+    package = root / "minsnr_nb"
+    inits = {".".join(p.parent.relative_to(root).parts): p for p in package.rglob("__init__.py")}
+    named = {f"minsnr_nb.{name}": p for name, p in _report.modules(root).items()}
+    return {name: ast.parse(p.read_text("utf-8")) for name, p in (inits | named).items()}
+
+
+@cache
+def _sources(root: Path) -> str:
+    "The text of the whole package"
+    return "".join(p.read_text("utf-8") for p in sorted((root / "minsnr_nb").rglob("*.py")))
 
 
 @cache
@@ -119,16 +127,21 @@ def imported(text: str) -> Iterator[str]:
 
 def names(root: Path, text: str) -> Iterator[str]:
     "Modules of the package, and names in them, that do not exist"
-    sources = "".join(p.read_text("utf-8") for p in (root / "minsnr_nb").glob("*.py"))
+    known = modules(root)
     for dotted in imported(text):
-        _, first, *rest = dotted.split(".")
-        if f'"{dotted}"' in sources:  # a group of plug-ins
+        parts = dotted.split(".")
+        if f'"{dotted}"' in _sources(root) or dotted in known:  # a group of plug-ins, a module
             continue
-        home = modules(root).get(first)
-        if home is None and first not in inside(modules(root)["__init__"]):
-            yield f"`{dotted}`: no such module"
-        elif home is not None and rest and rest[0] not in inside(home):
-            yield f"`{dotted}`: minsnr_nb.{first} has no such name"
+        n = next(n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in known)
+        home, name = ".".join(parts[:n]), parts[n]
+        if name not in inside(known[home]):
+            kind = "no such name" if home not in _folders(known) else "no such module"
+            yield f"`{dotted}`: {home} has {kind}"
+
+
+def _folders(known: dict) -> set[str]:
+    "The package and its wings"
+    return {name.rpartition(".")[0] for name in known} & known.keys()
 
 
 def _one_name(statement: ast.stmt) -> bool:
@@ -143,7 +156,7 @@ def unexplained(root: Path) -> Iterator[str]:
         exported = ast.literal_eval(assigned["__all__"]) if "__all__" in assigned else ()
         for node in (n for n in tree.body if getattr(n, "name", None) in exported):
             if len((ast.get_docstring(node) or "").splitlines()) != 1:
-                where = f"minsnr_nb/{module}.py:{node.lineno}"
+                where = f"{module.replace('.', '/')}.py:{node.lineno}"
                 yield f"{where}: {node.name}: say in one line what it is"
 
 
@@ -183,7 +196,7 @@ from minsnr_nb.config import Config
 for name, field in Config.model_fields.items():
     keys = getattr(field.annotation, "model_fields", {}).keys() - {"name"}
     print(*(f"key {name}.{k}" for k in sorted(keys)) if keys else [f"key {name}"], sep="\\n")
-for path in sorted(Path("minsnr_nb").glob("*.py")):
+for path in sorted(Path("minsnr_nb").rglob("*.py")):
     for name in re.findall(r"^([A-Z_]+) = Registry\\(", path.read_text("utf-8"), re.M):
         print("registry", name)
 if Path("minsnr_nb/run_dir.py").exists():
@@ -204,11 +217,49 @@ def unnamed(root: Path, texts: dict[str, str]) -> Iterator[str]:
 
 
 def links(root: Path, page: str, text: str) -> Iterator[str]:
-    "Relative links that lead nowhere"
-    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text)):
-        file = target.split("#")[0]
-        if file and not re.match(r"\w+:", file) and not ((root / page).parent / file).exists():
+    "Relative links that lead nowhere, and pictures that say nothing to who cannot see them"
+    bare = FENCE.sub("", text)
+    for target in re.findall(r"\]\(([^)\s]+)\)", bare):
+        file, _, anchor = target.partition("#")
+        if re.match(r"\w+:", target):
+            continue
+        path = (root / page).parent / file if file else root / page
+        if file and not path.exists():
             yield f"link to {target}: no such file"
+        elif anchor and path.suffix in (".ipynb", ".qmd", ".md") and anchor not in anchors(path):
+            yield f"link to {target}: that page has no heading of this name"
+    for alt, target in re.findall(r"!\[([^\]]*)\]\(([^)\s]+)\)", bare):
+        if not alt.strip():
+            yield f"picture {target}: say in its alternative text what it shows"
+
+
+@cache
+def anchors(path: Path) -> frozenset[str]:
+    "What the headings of a page can be linked by"
+    text = path.read_text("utf-8")
+    if path.suffix == ".ipynb":
+        cells = (c for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+        text = "\n\n".join("".join(c["source"]) for c in cells)
+    heads = re.findall(r"^#+ +(.+?)(?: \{#([\w-]+)[^}]*\})?$", FENCE.sub("", text), re.M)
+    plain = (re.sub(r"[^\w\s-]", "", re.sub(r"[`*$]", "", h)).strip().lower() for h, _ in heads)
+    return frozenset([re.sub(r"\s+", "-", p) for p in plain] + [own for _, own in heads if own])
+
+
+def formulas(text: str) -> Iterator[str]:
+    "Formulas that a page would show as text: unbalanced, doubly escaped, or with a stray blank"
+    bare = SPAN.sub("", FENCE.sub("", text))
+    if len(re.findall(r"(?<!\\)\$\$", bare)) % 2:
+        yield "a $$ without its other half"
+    blocks = re.findall(r"\$\$(.+?)\$\$", bare, re.S)
+    inline = re.findall(
+        r"(?<![\\$])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\d$])",
+        re.sub(r"\$\$.+?\$\$", "", bare, flags=re.S),
+    )
+    for formula in [*blocks, *inline]:
+        if formula.count("{") - formula.count(r"\{") != formula.count("}") - formula.count(r"\}"):
+            yield f"formula {formula.strip()[:40]!r}: braces do not match"
+        if re.search(r"\\\\[,;a-zA-Z]", formula):
+            yield f"formula {formula.strip()[:40]!r}: escaped twice"
 
 
 def shared(texts: dict[str, str]) -> Iterator[str]:
@@ -244,7 +295,7 @@ def sidebar(root: Path) -> Iterator[str]:
 def findings(root: Path) -> Iterator[str]:
     texts = pages(root)
     for page, text in texts.items():
-        found = [*links(root, page, text)]
+        found = [*links(root, page, text), *formulas(text)]
         for snippet in code(text):
             found += [*commands(root, snippet), *paths(root, snippet), *keys(snippet)]
             found += constants(root, snippet)
@@ -257,4 +308,4 @@ def findings(root: Path) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main(findings)
+    _report.main(findings)
