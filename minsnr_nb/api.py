@@ -18,8 +18,7 @@ from safetensors.torch import load as load_tensors
 from torch import nn
 
 from .checkpoint import CheckpointError, find_checkpoint, restore, save_checkpoint
-from .record.compare import config_diff
-from .config import Config, config_sha256
+from .config import Config, config_diff, config_sha256
 from .errors import ConfigError, MinsnrError
 from .durable import sha256
 from .evaluate import report
@@ -64,7 +63,7 @@ def config_differences(
     now: Config,  # The one given
 ) -> list[str]:  # "train.steps: 100 then, 200 now"
     "Name the keys in which two configs differ"
-    diff = config_diff([c.model_dump(mode="json") for c in (then, now)])
+    diff = config_diff(then, now)
     return [f"{key}: {a!r} then, {b!r} now" for key, (a, b) in sorted(diff.items())]
 
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Fraction', 'PositiveInt', 'NonNegativeInt', 'Strict', 'Lane', 'ScheduleLane',
            'ObjectiveSection', 'OptimSection', 'TrainSection', 'EvalSection', 'Config', 'frozen', 'problems',
-           'cross_problems', 'parse_override', 'Loaded', 'dump', 'config_sha256', 'load_config']
+           'cross_problems', 'parse_override', 'Loaded', 'dump', 'config_sha256', 'load_config', 'leaves',
+           'config_diff']
 
 # %% ../nbs/00_config.ipynb #5540f491
 import hashlib
@@ -397,3 +398,28 @@ def load_config(
     cfg = Config.model_validate(filled)
     _report(cross_problems(cfg), where, name)
     return Loaded(cfg=cfg, composed=composed, overrides=tuple(log))
+
+# %% ../nbs/00_config.ipynb #c10099d4
+def leaves(
+    value: Any,  # Nested settings
+    path: str = "",  # Key so far
+) -> dict[str, Any]:  # "loss.gamma" -> 5.0
+    "Flatten settings to one entry per value"
+    if not isinstance(value, (dict, list)) or not value:
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {
+        k: v
+        for key, sub in items
+        for k, v in leaves(sub, f"{path}.{key}" if path else str(key)).items()
+    }
+
+
+def config_diff(
+    *configs: "Config | Mapping",  # At least one
+) -> dict[str, tuple]:  # "loss.gamma" -> its value in each config; None where one lacks the key
+    "List the settings in which configs differ"
+    plain = [c.model_dump(mode="json") if isinstance(c, Config) else c for c in configs]
+    flat = [leaves(p) for p in plain]
+    rows = {k: tuple(f.get(k) for f in flat) for k in dict.fromkeys(k for f in flat for k in f)}
+    return {k: v for k, v in rows.items() if any(x != v[0] for x in v)}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_RECORD', 'WIDTHS', 'MAX_HEADER', 'MAX_RANK', 'MAX_TENSORS', 'MAX_INFLATED', 'MAX_RATIO', 'MAX_MEMBERS', 'PICKLES',
-           'TOKENS', 'inside', 'places_in', 'open_plain', 'read_plain', 'from_json', 'Header', 'tensor_header',
-           'tensor_bytes', 'npz_problem', 'is_pickle', 'pickle_problem', 'holds_token', 'secret_names',
+           'TOKENS', 'inside', 'places_in', 'without_places', 'open_plain', 'read_plain', 'from_json', 'Header',
+           'tensor_header', 'tensor_bytes', 'npz_problem', 'is_pickle', 'pickle_problem', 'holds_token', 'secret_names',
            'secret_problem']
 
 # %% ../nbs/05_guard.ipynb #68efd2a2
@@ -62,6 +62,16 @@ def places_in(
     items = enumerate(value) if isinstance(value, list | tuple) else items
     for name, inner in items:
         yield from places_in(inner, f"{key}.{name}" if key else str(name))
+
+# %% ../nbs/05_guard.ipynb #dfe4395a
+_ABSOLUTE = re.compile(r"(?<![\w.:/~-])(?:~|/|[A-Za-z]:[\\/])[^\s\"'=,;:]*[\\/]([^\s\"'=,;:\\/]*)")
+
+
+def without_places(
+    text: str,  # Any text
+) -> str:  # The same, absolute paths shortened to their last part
+    "Take the places of this machine out of a text"
+    return _ABSOLUTE.sub(r"…/\1", text)
 
 # %% ../nbs/05_guard.ipynb #f1461ff5
 MAX_RECORD = 16 << 20  # bytes of a whole document

@@ -12,7 +12,7 @@ def healthy(tmp_path_factory):
 
 
 def test_a_loader_that_lets_an_error_through_is_found(monkeypatch):
-    monkeypatch.setattr("minsnr_nb.guard.from_json", lambda text: {}[text])
+    monkeypatch.setattr("minsnr_nb.record.strict_json.from_json", lambda text: {}[text])
     with pytest.raises(KeyError):
         property_loaders.run(100, "log")
 
@@ -26,20 +26,20 @@ def test_a_header_that_overlaps_is_found(monkeypatch):
 def test_a_writer_of_yaml_1_1_is_found(monkeypatch):
     import yaml
 
-    monkeypatch.setattr("minsnr_nb.config._Dumper", yaml.SafeDumper)
+    monkeypatch.setattr("minsnr_nb.strict_yaml._Dumper", yaml.SafeDumper)
     with pytest.raises(Exception, match="valid string"):
         property_loaders.run(200, "round trip")
 
 
 def test_a_wrong_suggestion_is_found(monkeypatch):
-    monkeypatch.setattr("minsnr_nb.config._slips", lambda a, b: len(b) % 3)
+    monkeypatch.setattr("minsnr_nb.errors._slips", lambda a, b: len(b) % 3)
     with pytest.raises(AssertionError, match="unknown key"):
         property_loaders.run(100, "typo")
 
 
 def test_missing_guards_are_found(healthy):
     weaker = """
-import minsnr_nb.api as a, minsnr_nb.checkpoint as c, minsnr_nb.run_layout as r
+import minsnr_nb.api as a, minsnr_nb.checkpoint as c, minsnr_nb.record.checks as r
 a.tensor_bytes = lambda path: path.read_bytes()
 c.inside = r.inside = lambda root, name, source="": root / name
 """
@@ -50,7 +50,7 @@ c.inside = r.inside = lambda root, name, source="": root / name
 
 def test_a_pickle_that_is_opened_is_found(healthy):
     weaken = """
-import pickle, minsnr_nb.run_layout as r
+import pickle, minsnr_nb.record.checks as r
 def careless(path):
     try:
         pickle.loads(path.read_bytes())

@@ -14,10 +14,11 @@ LIGHT = [
     "config",
     "registry",
     "durable",
-    "records",
+    "guard",
+    "settings",
     "run_layout",
-    "provenance",
-    "events",
+    "record.provenance",
+    "record.events",
     "cli",
 ]
 

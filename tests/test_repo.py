@@ -16,12 +16,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
+import _report  # noqa: E402
 import check_layers  # noqa: E402
 import check_nbs  # noqa: E402
+import check_site  # noqa: E402
 import docs_sync_check  # noqa: E402
 import hygiene  # noqa: E402
 
 CHECKS = {"layers": check_layers, "nbs": check_nbs, "docs": docs_sync_check, "hygiene": hygiene}
+SITE = {"site": check_site}  # slower than the others
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -45,11 +48,7 @@ def test_a_check_is_a_command(tmp_path):
     assert (done.returncode, done.stdout) == (1, "weights.pt: .pt files do not belong in git\n")
 
 
-PAGES = sorted(
-    name
-    for name in check_layers.layers(ROOT).keys() - check_layers.PLAIN.keys()
-    if (ROOT / f"minsnr_nb/{name}.py").exists()
-)
+PAGES = sorted(_report.modules(ROOT).keys() - _report.PLAIN.keys())
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -64,14 +63,37 @@ def test_the_site_can_show_every_signature(name):
             typing.get_type_hints(thing)
 
 
+def cell(kind: str, source: str, id: str) -> dict:
+    "A cell of a notebook, as a clean one is stored"
+    code = {"execution_count": None, "outputs": []} if kind == "code" else {}
+    return {"cell_type": kind, "id": id, "metadata": {}, "source": source.splitlines(True)} | code
+
+
+KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
+WING = {
+    "cells": [
+        cell("code", "#| default_exp analysis.wing", "aaaaaaaa"),
+        cell("markdown", "# A wing\n\n> One room", "bbbbbbbb"),
+        cell("markdown", "Why there is a wing.", "cccccccc"),
+        cell("code", '#| export\ndef one() -> int:\n    "Give one"\n    return 1', "dddddddd"),
+    ],
+    "metadata": {"kernelspec": KERNEL},
+    "nbformat": 4,
+    "nbformat_minor": 5,
+}
+
+
 @pytest.fixture(scope="session")
 def _house(tmp_path_factory) -> Path:
     "Two notebooks with their modules, exported, as a repository of its own"
     house = tmp_path_factory.mktemp("house")
-    for (
-        name
-    ) in "pyproject.toml nbs/00_config.ipynb nbs/01_registry.ipynb minsnr_nb/durable.py".split():
+    names = "pyproject.toml nbs/00_config.ipynb nbs/01_registry.ipynb nbs/analysis/10_wing.ipynb"
+    plain = "minsnr_nb/durable.py minsnr_nb/errors.py minsnr_nb/strict_yaml.py"
+    for name in f"{names} {plain}".split():
         (house / name).parent.mkdir(exist_ok=True)
+        if name.endswith("wing.ipynb"):
+            (house / name).write_text(json.dumps(WING, indent=1, sort_keys=True) + "\n")
+            continue
         shutil.copy(ROOT / name, house / name)
     (house / ".gitignore").write_text("__pycache__/\n")
     (house / "minsnr_nb/__init__.py").write_text('"A house"\n\n__version__ = "0"\n')
@@ -83,7 +105,7 @@ def _house(tmp_path_factory) -> Path:
     (house / "nbs/index.qmd").write_text(
         (house / "README.md").read_text() + f"\n`minsnr list` `minsnr train`\n\n{said}\n"
     )
-    contents = "[index.qmd, 00_config.ipynb, {section: S, contents: [01_registry.ipynb]}]"
+    contents = "[index.qmd, 00_config.ipynb, {section: S, contents: [01_registry.ipynb, analysis/10_wing.ipynb]}]"
     (house / "_quarto.yml").write_text(f"website: {{sidebar: {{contents: {contents}}}}}\n")
     (house / "nbs/_quarto.yml").symlink_to("../_quarto.yml")
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
@@ -150,6 +172,10 @@ def first_code(nb: dict) -> dict:
     return next(c for c in nb["cells"] if c["cell_type"] == "code")
 
 
+def first_prose(nb):
+    return next(c for c in nb["cells"] if c["cell_type"] == "markdown")
+
+
 def output(**out):
     return edit(lambda nb: first_code(nb).update(outputs=[out]))
 
@@ -172,6 +198,37 @@ BROKEN = {
         "layers",
         add("minsnr_nb/config.py", "def f():\n    import_module('.registry', 'minsnr_nb')\n"),
         "not below",
+    ),
+    "a wing imports the record": (
+        "layers",
+        add("minsnr_nb/analysis/wing.py", "def f():\n    from ..record import git\n"),
+        "never imports record",
+    ),
+    "a wing imports upwards": (
+        "layers",
+        add("minsnr_nb/registry.py", "def f():\n    from .analysis.wing import one\n"),
+        "not below",
+    ),
+    "a number twice": (
+        "layers",
+        lambda h: shutil.copy(h / "nbs/01_registry.ipynb", h / "nbs/00_other.ipynb"),
+        "a number occurs once",
+    ),
+    "a name twice": (
+        "layers",
+        lambda h: (h / "minsnr_nb/analysis/wing.py").write_text("__all__ = ['nearest']\nnearest = 1\n"),
+        "public name of",
+    ),
+    "an unlisted name": ("layers", add("minsnr_nb/config.py", "def new(): ...\n"), "lacks new"),
+    "an undeclared library": (
+        "layers",
+        add("minsnr_nb/config.py", "def f():\n    import selenium\n"),
+        "not in pyproject",
+    ),
+    "a name of the config resolved": (
+        "layers",
+        add("minsnr_nb/registry.py", "def _f(r, cfg):\n    return r.bind(cfg.loss.name)\n"),
+        "resolves a name",
     ),
     "broken import": (
         "layers",
@@ -220,7 +277,17 @@ BROKEN = {
     "edited module": ("nbs", add("minsnr_nb/config.py", "x = 1\n"), "run nbdev_export"),
     "orphan module": ("nbs", add("minsnr_nb/orphan.py", "x = 1\n"), "no notebook exports it"),
     "two notebooks, one module": ("nbs", copy_to("02_config"), "as 00_config.ipynb does"),
-    "stem and module differ": ("nbs", copy_to("02_settings"), "has the stem"),
+    "stem and module differ": ("nbs", copy_to("02_settings"), "the stem of its"),
+    "long export": (
+        "nbs",
+        edit(lambda nb: first_code(nb).update(source=["#| export\n"] + ["x = 1\n"] * 26)),
+        "at most 25",
+    ),
+    "prose beside the title": (
+        "nbs",
+        edit(lambda nb: first_prose(nb)["source"].append("\n\nLost words.")),
+        "more than title and description",
+    ),
     "name without a place": ("nbs", copy_to("scratch"), "neither NN_module nor study_name"),
     "unclean notebook": (
         "nbs",
@@ -241,14 +308,14 @@ BROKEN = {
     "code without prose": (
         "nbs",
         edit(lambda nb: nb.update(cells=[c for c in nb["cells"] if c["cell_type"] == "code"])),
-        "0 markdown cells",
+        "0 markdown cells with prose",
     ),
     "no export": (
         "nbs",
-        edit(lambda nb: nb["cells"][2]["source"].append("\nfrom . import x")),
+        edit(lambda nb: first_code(nb)["source"].append("\n#| export\nfrom . import x")),
         "export fails",
     ),
-    "no notebooks": ("nbs", lambda h: [p.unlink() for p in h.glob("nbs/*.ipynb")], "no notebooks"),
+    "no notebooks": ("nbs", lambda h: [p.unlink() for p in h.rglob("nbs/**/*.ipynb")], "no notebooks"),
     "missing command": ("docs", add("README.md", "`uv run nbdev_fly`\n"), "no such command"),
     "missing verb": ("docs", add("README.md", "```\nminsnr levitate RUN\n```\n"), "no such verb"),
     "missing file": ("docs", add("README.md", "`uv run python tools/none.py`\n"), "no such file"),
@@ -278,6 +345,9 @@ BROKEN = {
     ),
     "missing key": ("docs", add("README.md", "`train.stpes=3`\n"), "no such key"),
     "dead link": ("docs", add("nbs/index.qmd", "[here](nowhere.ipynb)\n"), "no such file"),
+    "dead anchor": ("docs", add("nbs/index.qmd", "[here](#nowhere)\n"), "no heading"),
+    "picture without words": ("docs", add("nbs/index.qmd", "![](x.png)\n"), "alternative text"),
+    "formula escaped twice": ("docs", add("nbs/index.qmd", "$$a\\\\,b$$\n"), "escaped twice"),
     "dead link in a notebook": (
         "docs",
         edit(lambda nb: nb["cells"][1]["source"].append("\n[here](nowhere.ipynb)")),
@@ -348,3 +418,10 @@ def test_goes_red(case, house):
     found = list(CHECKS[check].findings(house))
     assert any(expected in line for line in found), found
     assert all("\n" not in line for line in found)
+
+
+def test_the_site_says_what_the_pages_say(house):
+    "Prose beside a title is lost in processing; the check that looks at the processed pages says which"
+    assert list(check_site.findings(house)) == []
+    edit(lambda nb: first_prose(nb)["source"].append("\n\nLost words."))(house)
+    assert "nbs/00_config.ipynb: the site loses 'Lost words.'…" in list(check_site.findings(house))
