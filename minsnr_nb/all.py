@@ -13,7 +13,7 @@ from minsnr_nb.callbacks import CALLBACKS
 from minsnr_nb.config import Config
 from minsnr_nb.errors import ConfigError, MinsnrError
 from minsnr_nb.data import DATASETS, ImageSet, pixels
-from minsnr_nb.diffusion import add_noise, convert, eps_from, v_from, x0_from
+from minsnr_nb.diffusion import add_noise, convert, eps_from, x0_from
 from minsnr_nb.ema import WRAPPERS
 from minsnr_nb.evaluate import Evaluator, report
 from minsnr_nb.record.events import read_events, to_frame
@@ -43,5 +43,5 @@ __all__ = [
     "eps_from", "eval_run", "explore", "fork_run", "history", "image_grid", "list_runs", "load", "load_network", "loss_weight",
     "make_objective", "open_run", "pixels", "probe_loss", "read_events", "report", "resume_run", "run_grid",
     "run_study", "runs_df", "sample", "sample_run", "side_by_side", "snr_bins", "stream", "to_frame", "train",
-    "train_run", "v_from", "verdict", "x0_from", "zero_terminal_snr",
+    "train_run", "verdict", "x0_from", "zero_terminal_snr",
 ]  # fmt: skip

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'KEEP', 'FILES', 'optimizer_tensors', 'load_optimizer', 'snapshot', 'portable', 'json_or_none',
            'deciding', 'make_manifest', 'save_checkpoint', 'Found', 'damage', 'find_checkpoint', 'drop_unannounced',
-           'CheckpointError', 'restore', 'changed_environment', 'save_weights', 'Checkpoint', 'store_samples',
-           'Predictions', 'state_sha256']
+           'CheckpointError', 'restore', 'save_weights', 'Checkpoint', 'store_samples', 'Predictions', 'state_sha256']
 
 # %% ../nbs/52_checkpoint.ipynb #5f8e73eb
 import hashlib
@@ -260,15 +259,6 @@ def _restore(loop: Loop, found: Found) -> None:
     state.step, state.best = rest["step"], rest["best"]
     for cb in loop.callbacks:
         cb.load(rest["callbacks"].get(type(cb).__name__, {}))
-
-
-def changed_environment(
-    loop: Loop,  # As it is now
-    found: Found,  # As it was
-) -> list[str]:  # "torch: 2.15.0 then, 2.16.0 now"
-    "List what has changed that can change bits"
-    then, now = found.manifest, deciding(loop)
-    return [f"{k}: {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
 
 # %% ../nbs/52_checkpoint.ipynb #0dc970d2
 def save_weights(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Prediction', 'PREDICTIONS', 'SIGMA_DATA', 'at', 'time_of', 'locate', 'add_noise', 'mixture', 'target', 'away',
-           'convert', 'x0_from', 'eps_from', 'v_from', 'error_ratio']
+           'convert', 'x0_from', 'eps_from', 'error_ratio']
 
 # %% ../nbs/22_diffusion.ipynb #5aebc4f2
 import math
@@ -181,18 +181,6 @@ def eps_from(
 ) -> Tensor:  # `eps_hat`, like `pred`
     "Read the predicted noise out of a prediction"
     return convert(pred, x_t, t, schedule, source=prediction, to="eps", sigma_data=sigma_data)
-
-
-def v_from(
-    prediction: Prediction,  # What `pred` is
-    pred: Tensor,  # What the network returned, (B, C, H, W)
-    x_t: Tensor,  # What it was shown, like `pred`
-    t: Tensor | int | float,  # Timestep, (B,); or one for all
-    schedule: NoiseSchedule,  # Gives the factors
-    sigma_data: float = SIGMA_DATA,  # Standard deviation of the data, for F
-) -> Tensor:  # `v_hat`, like `pred`
-    "Read the predicted v out of a prediction"
-    return convert(pred, x_t, t, schedule, source=prediction, to="v", sigma_data=sigma_data)
 
 # %% ../nbs/22_diffusion.ipynb #7f555868
 def error_ratio(

@@ -29,19 +29,13 @@ from papermill.inspection import _infer_parameters
 from papermill.iorw import LocalHandler, papermill_io
 from papermill.translators import translate_parameters
 
-from minsnr_nb.errors import nearest
+from minsnr_nb import errors
 from minsnr_nb.durable import make_dir, replace
 
 __all__ = ["StudyEngine", "StudyManager", "WholeFiles", "checked_parameters", "code_digest"]
 
 TYPES = {"float": float, "int": int, "str": str, "bool": bool}
-EXPECTED = {
-    "ConfigError": 2,
-    "MinsnrError": 1,
-    "RunFailed": 1,
-    "DurableError": 1,
-    "CheckpointError": 1,
-}
+EXPECTED = ("ConfigError", "MinsnrError", "RunFailed", "DurableError", "CheckpointError")
 
 
 def checked_parameters(nb, kernel_name: str) -> dict:
@@ -50,7 +44,7 @@ def checked_parameters(nb, kernel_name: str) -> dict:
     given, wrong = dict(nb.metadata.papermill.get("parameters") or {}), []
     for name, value in given.items():
         if name not in declared:
-            wrong.append(f"no parameter {name!r}{nearest(name, declared)}")
+            wrong.append(f"no parameter {name!r}{errors.nearest(name, declared)}")
             continue
         want = TYPES.get(declared[name].inferred_type_name)
         if want is float and type(value) is int:
@@ -177,7 +171,7 @@ def _raise_expected(nb) -> None:
         for out in cell.get("outputs", []):
             if out.get("output_type") == "error" and out.ename in EXPECTED:
                 error = click.ClickException(out.evalue)
-                error.exit_code = EXPECTED[out.ename]
+                error.exit_code = getattr(errors, out.ename, errors.MinsnrError).exit_code
                 raise error
 
 

@@ -69,8 +69,8 @@ def new_run(
         streams=STREAMS,
         lineage=lineage,
     )
-    if study:
-        provenance["study"] = study
+    if study or cfg.study:
+        provenance["study"] = {"name": cfg.study} | (study or {})
     run = create_run(
         Path(run_root or settings(project_root())["runs"]),
         cfg.project,

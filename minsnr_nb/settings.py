@@ -36,7 +36,7 @@ def project_root(
 
 # %% ../nbs/04_settings.ipynb #cef5094d
 SETTINGS = {"runs": Path("runs"), "data": Path("data"), "models": Path("models")}
-SETTINGS |= {"device": "auto", "workers": 1, "threads": 0, "scheduler": ""}
+SETTINGS |= {"device": "auto", "threads": 0}
 
 
 def _typed(root: Path, key: str, text: str, source: str) -> Path | int | str:

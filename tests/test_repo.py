@@ -216,7 +216,9 @@ BROKEN = {
     ),
     "a name twice": (
         "layers",
-        lambda h: (h / "minsnr_nb/analysis/wing.py").write_text("__all__ = ['nearest']\nnearest = 1\n"),
+        lambda h: (h / "minsnr_nb/analysis/wing.py").write_text(
+            "__all__ = ['nearest']\nnearest = 1\n"
+        ),
         "public name of",
     ),
     "an unlisted name": ("layers", add("minsnr_nb/config.py", "def new(): ...\n"), "lacks new"),
@@ -315,7 +317,11 @@ BROKEN = {
         edit(lambda nb: first_code(nb)["source"].append("\n#| export\nfrom . import x")),
         "export fails",
     ),
-    "no notebooks": ("nbs", lambda h: [p.unlink() for p in h.rglob("nbs/**/*.ipynb")], "no notebooks"),
+    "no notebooks": (
+        "nbs",
+        lambda h: [p.unlink() for p in h.rglob("nbs/**/*.ipynb")],
+        "no notebooks",
+    ),
     "missing command": ("docs", add("README.md", "`uv run nbdev_fly`\n"), "no such command"),
     "missing verb": ("docs", add("README.md", "```\nminsnr levitate RUN\n```\n"), "no such verb"),
     "missing file": ("docs", add("README.md", "`uv run python tools/none.py`\n"), "no such file"),
@@ -391,16 +397,16 @@ BROKEN = {
         "address",
     ),
     "home in an output": ("hygiene", output(**SAYS), "names /home/somebody"),
-    "secret": ("hygiene", add("notes.md", "AKIA" + "A1B2C3D4" * 2), "like a secret"),
+    "secret": ("hygiene", add("notes.md", "AKIA" + "A1B2C3D4" * 2), "looks like a secret"),
     "password in an address": (
         "hygiene",
         add("notes.md", "https://me:tok" + "en@git.somewhere.org/x.git"),
-        "like a secret",
+        "looks like a secret",
     ),
     "password of an example": (
         "hygiene",
         add("notes.md", "https://me:tok" + "en@example.org/x.git"),
-        "write it in two parts",
+        "in two parts",
     ),
     "conflict": ("hygiene", add("README.md", "<<<" + "<<<< ours\n"), "merge conflict"),
     "link that leaves": (

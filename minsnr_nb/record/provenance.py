@@ -175,7 +175,7 @@ def packages() -> dict[str, str]:
 # %% ../../nbs/record/15_provenance.ipynb #6cab77a4
 LOCKS = ("uv.lock", "requirements.lock")
 VARS = ("CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-VARS += ("PYTHONHASHSEED", "MINSNR_DEVICE", "MINSNR_THREADS", "MINSNR_WORKERS")
+VARS += ("PYTHONHASHSEED", "MINSNR_DEVICE", "MINSNR_THREADS")
 
 
 def environment(
@@ -248,7 +248,7 @@ def determinism(
         return facts
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return facts | {
-        "num_threads": torch.get_num_threads(),
+        "num_threads": threads or torch.get_num_threads(),
         "interop_threads": torch.get_num_interop_threads(),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "cudnn": {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic},
@@ -269,12 +269,10 @@ class Evidence(NamedTuple):
 def collect(
     *,
     config_sha256: str,  # Digest of the resolved config
-    composed_sha256: str | None = None,  # Digest of the config as composed
     data: list[dict],  # Per data set: name, version, files, bytes, sha256
     seed: int,  # The run's seed
     threads: int,  # Threads of this run; 0 when torch chooses
     overrides: list[dict] | tuple = (),  # {key, value, source}
-    entrypoint: str | None = None,  # Says more than what was found: "worker", "smoke"
     lineage: dict | None = None,  # {parent_run, parent_step, reason}
     mode: str = "best_effort",  # Declared determinism: "strict", "best_effort", "off"
     streams: tuple[str, ...] = (),  # Names of the random streams in use
@@ -284,10 +282,9 @@ def collect(
     root = Path(root).resolve() if root else project_root()
     git, patch = git_state(root)
     env, files = environment(root)
-    how = command(root)
-    config = {"resolved_sha256": config_sha256, "composed_sha256": composed_sha256}
+    config = {"resolved_sha256": config_sha256}
     provenance = {
-        "command": how | {"entrypoint": entrypoint or how["entrypoint"]},
+        "command": command(root),
         "git": git,
         "source": source_digest(),
         "env": env,

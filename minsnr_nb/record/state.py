@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FROZEN', 'Displaced', 'fence', 'set_status', 'read_status', 'beat', 'owner_of', 'derive_state', 'attempts_of',
-           'refuse_owner', 'start_attempt', 'describe']
+           'refuse_owner', 'start_attempt']
 
 # %% ../../nbs/record/14_state.ipynb #cd5ce3c1
 import os
@@ -155,18 +155,3 @@ def _tidy(run: Run) -> None:
     if run.events_path.exists():
         whole = durable.whole_lines(run.events_path)
         durable.cut(run.events_path, whole, run.discarded / "events.jsonl")
-
-# %% ../../nbs/record/14_state.ipynb #abe0073c
-def describe(
-    run: Run,
-) -> dict:  # run, project, state, step, total_steps, attempts, created, metrics
-    "Tell a run in one row; what cannot be read is None"
-    row = {"run": run.id, "project": run.path.parent.name, "state": "unreadable"}
-    row |= {"step": None, "total_steps": None, "attempts": 0, "created": None, "metrics": {}}
-    with suppress(MinsnrError, OSError, KeyError, TypeError, ValueError):
-        status, stamp = read_status(run), run.provenance()
-        row |= {"created": stamp["created_at_utc"], "attempts": status["attempt"]}
-        row |= {"step": status["step"], "total_steps": status["total_steps"]}
-        row["state"] = derive_state(run)
-        row["metrics"] = read_json(run.summary_path)["final"]
-    return row
