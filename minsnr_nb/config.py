@@ -325,7 +325,7 @@ def _read(source: "Path | Mapping") -> tuple[dict, dict, str]:
         )
     return data, where, str(source)
 
-
+# %% ../nbs/00_config.ipynb #7a8c8bff
 def _check_lane(lane: Any, own: Mapping, registry: Any, path: tuple) -> tuple[Any, list]:
     "Complete one lane's keywords, or list what is wrong with them"
     name = lane.get("name", own["name"].default) if isinstance(lane, Mapping) else None
@@ -368,7 +368,7 @@ def _merge(data: dict, new: dict, source: str) -> dict:
     with _told(source):
         return OmegaConf.to_container(OmegaConf.merge(data, new))
 
-
+# %% ../nbs/00_config.ipynb #03cf7d9d
 def load_config(
     *sources: "str | Path | Mapping",  # YAML files or mappings, later ones win key by key
     overrides: Iterable[str] = (),  # "key=value", applied last

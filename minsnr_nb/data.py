@@ -225,7 +225,7 @@ def _download(
     finally:
         durable.remove(made[0])
 
-
+# %% ../nbs/20_data.ipynb #4a8e5025
 def _from_torchvision(kind: str, root: Path, split: Split, folder: str) -> Any:
     "Load one split through torchvision, downloading it when it is not there"
     from torchvision import datasets

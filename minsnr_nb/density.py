@@ -362,7 +362,7 @@ class Curriculum(Density):
         early = choice < self.share(torch.arange(first, first + n))
         return torch.where(early, self.invert(u), anywhere)
 
-
+# %% ../nbs/24_density.ipynb #921dee34
 @DENSITIES.register
 def curriculum(
     timesteps: PositiveInt,  # Number of levels, T

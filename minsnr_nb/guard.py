@@ -180,7 +180,7 @@ def _placed(tensors: dict, body: int) -> None:
     if at != body:
         raise ValueError(f"{body} bytes of numbers; the header knows {at}")
 
-
+# %% ../nbs/05_guard.ipynb #5aec2b87
 def tensor_header(
     data: bytes,  # A file, or its beginning with the whole header
     source: str | Path,  # Its name in messages
@@ -226,7 +226,7 @@ def _types(descr: Any) -> Iterator[tuple[str, int]]:
         for code, n in _types(kind):
             yield code, n * prod(shape[0] if shape and isinstance(shape[0], tuple) else shape)
 
-
+# %% ../nbs/05_guard.ipynb #9e8942f5
 def _npy_problem(f: BinaryIO, size: int) -> str | None:
     "What is wrong with a .npy file of `size` bytes, judged by its header"
     try:
@@ -273,7 +273,7 @@ def _member_problem(z: zipfile.ZipFile, member: zipfile.ZipInfo) -> str | None:
         problem = _npy_problem(f, member.file_size)
     return problem and f"{problem} inside: {name}"
 
-
+# %% ../nbs/05_guard.ipynb #050f92a6
 def npz_problem(
     path: str | Path | BinaryIO,  # A zip file
     most: int = MAX_INFLATED,  # Bytes of all members, unpacked

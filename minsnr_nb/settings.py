@@ -48,7 +48,7 @@ def _typed(root: Path, key: str, text: str, source: str) -> Path | int | str:
         return int(text)
     return text.strip() if kind is str else (root / Path(text.strip()).expanduser()).resolve()
 
-
+# %% ../nbs/04_settings.ipynb #02832df9
 def settings(
     root: str | Path | None = None,  # Project root; found when None
 ) -> dict[str, Any]:  # Keys of SETTINGS, paths absolute

@@ -344,7 +344,7 @@ def across_seeds(
         )
     return pd.DataFrame(out, columns=["arm", "n", "mean", "low", "high", "runs"])
 
-
+# %% ../nbs/74_study.ipynb #4a99e68f
 def _groups(runs: list[Run]) -> list[dict[str, Run]]:
     "Runs of the same execution together"
     found: dict[str, dict[str, Run]] = {}

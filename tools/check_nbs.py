@@ -22,7 +22,7 @@ MAX_BYTES, MAX_CELLS, MAX_TOP = 300_000, 120, 32
 MIN_PROSE = (
     0.3  # markdown cells for each cell of code; a cell that holds only a heading does not count
 )
-MAX_EXPORT = 25  # lines of code in an exported cell, its imports aside
+MAX_EXPORT, MAX_CLASS = 25, 60  # lines of code in an exported cell; in one that is a single class
 
 
 def default_exp(nb: dict) -> str | None:
@@ -68,8 +68,17 @@ def shape(nb: dict) -> Iterator[str]:
         yield f"{len(prose)} markdown cells with prose for {len(code)} of code"
     for cell in code:
         source = "".join(cell["source"])
-        if re.match(r"#\|\s*export", source) and (n := lines(source)) > MAX_EXPORT:
-            yield f"cell {cell.get('id')}: exports {n} lines; at most {MAX_EXPORT}, split it"
+        most = MAX_CLASS if one_class(source) else MAX_EXPORT
+        if re.match(r"#\|\s*export", source) and (n := lines(source)) > most:
+            yield f"cell {cell.get('id')}: exports {n} lines; at most {most}, split it"
+
+
+def one_class(source: str) -> bool:
+    "Whether a cell is one class, whose methods cannot stand apart"
+    try:
+        return [type(node) for node in ast.parse(source).body] == [ast.ClassDef]
+    except SyntaxError:
+        return False
 
 
 def lines(source: str) -> int:

@@ -57,7 +57,7 @@ def _refuse_bombs(path: Path, sizes: dict[str, tuple[int, int]]) -> None:
     if path.is_file() and total > MAX_RATIO * path.stat().st_size:
         raise ConfigError(f"data.path: {path} would have {total} bytes, more than it can hold")
 
-
+# %% ../../nbs/images/10_files.ipynb #d0ec0fd2
 def list_images(
     path: Path,  # A directory or a zip
 ) -> dict[str, str]:  # Name within it -> stamp of its content, sorted by name
@@ -164,7 +164,7 @@ def open_images(
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read_image` refuses
         yield read
 
-
+# %% ../../nbs/images/10_files.ipynb #bc8c3b0d
 def read_images(
     path: Path,  # A directory or a zip
     names: list[str],  # Which images in it

@@ -92,7 +92,7 @@ def _curves(runs: list[Run], names: list[str]) -> Markup:
         pictures.append(png_tag(_curve(name, lines), f"{name} against steps"))
     return markup('<div class="row">{{ all }}</div>', all=Markup("").join(pictures))
 
-
+# %% ../../nbs/record/25_compare.ipynb #13ea34a9
 def compare_page(
     paths: Iterable[str | Path],  # Run directories, at least two
     out: str | Path,  # The HTML file to write

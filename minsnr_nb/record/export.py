@@ -189,7 +189,7 @@ def _checked(path: Path) -> bytes:
         raise MinsnrError(f"{path}: {size} bytes are more than the {MAX_FILE} of an exported file")
     return path.read_bytes()
 
-
+# %% ../../nbs/record/21_export.ipynb #994a43e5
 def _contents(run: Run) -> dict[str, bytes]:
     "Everything that an export of this run holds: name -> content"
     out = {}

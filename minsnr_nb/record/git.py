@@ -95,7 +95,7 @@ def _patch(top: Path) -> tuple[dict, bytes]:
     facts = {"path": "meta/git.patch", "bytes": len(whole), "sha256": digest(kept)}
     return facts | {"truncated": len(code) > MAX_PATCH, "notebooks": kept == whole}, kept
 
-
+# %% ../../nbs/record/12_git.ipynb #44dba5be
 def git_state(
     root: Path,  # Somewhere inside a work tree, or not
 ) -> tuple[dict, bytes | None]:  # The `git` part of provenance, and the patch

@@ -131,7 +131,7 @@ def _open(root: Path) -> sqlite3.Connection:
     db.execute(_TABLE)
     return db
 
-
+# %% ../../nbs/record/24_index.ipynb #8b1490a5
 def refresh(
     root: str | Path,  # Where runs live
     db: sqlite3.Connection,  # Brought up to date
@@ -210,7 +210,7 @@ def run_rows(
         rows = have + [r for r in rows if r[1].get(key) is None]
     return [row | {k: more[k] for k in columns} for row, more in rows]
 
-
+# %% ../../nbs/record/24_index.ipynb #df1a8c9b
 def _row(root: Path, path: str, row: str, config: str, final: str, extra) -> tuple[dict, dict]:
     "A row as it is shown, and the values that a question needs"
     project, _, run = path.partition("/")

@@ -94,7 +94,7 @@ def _parent_argv() -> list[str]:
     except OSError:
         return []
 
-
+# %% ../../nbs/record/15_provenance.ipynb #7ff170a1
 RUNNERS = ("papermill", "jupyter-nbconvert", "jupyter-execute")  # they name the notebook
 
 
@@ -220,7 +220,7 @@ def _gpus(torch: Any) -> list[dict]:
         for p in each
     ]
 
-
+# %% ../../nbs/record/15_provenance.ipynb #ec1987d4
 def hardware() -> dict:
     "Describe processor, memory and GPUs"
     torch = sys.modules.get("torch")

@@ -46,7 +46,7 @@ def _bare(event: dict) -> dict:
     free = ("time", "attempt")
     return {k: v for k, v in event.items() if k not in free and not k.startswith("time/")}
 
-
+# %% ../../nbs/record/26_repro.ipynb #dead81ee
 def first_difference(
     then: list[dict],  # Events of the old log
     now: list[dict],  # Events of the new one
@@ -117,7 +117,7 @@ def _patch(run: Run, git: dict) -> Path | None:
         raise ConfigError(f"{run.path}: its patch was too big to be recorded; its code is lost")
     return _evidence(run, facts)
 
-
+# %% ../../nbs/record/26_repro.ipynb #cff45ae8
 def work_tree(
     run: Run,
     root: Path,  # A repository that has the commit
@@ -214,7 +214,7 @@ def _python(run: Run, place: Path, here: bool, tell: Callable[[str], None]) -> s
     tell("building the environment of the run from its lock; this may take a minute")
     return str(locked_python(run, place))
 
-
+# %% ../../nbs/record/26_repro.ipynb #e7f1566e
 @contextmanager
 def rerun(
     path: str | Path,  # A run directory

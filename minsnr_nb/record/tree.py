@@ -61,7 +61,7 @@ def literal_problems(
         elif problem := pickle_problem(file) or _content_problem(file):
             yield name, problem
 
-
+# %% ../../nbs/record/22_tree.ipynb #fe7a0937
 def _content_problem(file: Path) -> str | None:
     "What is wrong inside a document"
     if file.suffix not in (".json", ".yaml"):
