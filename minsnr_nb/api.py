@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import nn
 
-from .checkpoint import CheckpointError, find_checkpoint, restore, save_checkpoint
+from .checkpoint import restore, save_checkpoint
+from .record.generations import CheckpointError, find_checkpoint
 from .config import Config, config_diff, config_sha256
 from .errors import ConfigError, MinsnrError
 from .durable import sha256

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import json_or_none, save_checkpoint, save_weights
+from .checkpoint import save_checkpoint, save_weights
+from .record.generations import current
+from .record.strict_json import json_or_none
 from .errors import ConfigError, MinsnrError, nearest
 from .durable import remove, replace
 from .record.events import lifecycle
@@ -67,7 +69,7 @@ def save_now(
     loop: Loop,  # Between two steps
 ) -> None:
     "Write the checkpoint of this step, unless it is there already"
-    pointer = json_or_none(loop.run.ckpts_last / "CURRENT.json") or {}
+    pointer = current(loop.run.ckpts_last)
     if pointer.get("step") != loop.state.step:
         loop.log.sync()
         save_checkpoint(loop)

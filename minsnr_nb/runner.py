@@ -18,14 +18,8 @@ from typing import Any
 
 import torch
 
-from minsnr_nb.checkpoint import (
-    Found,
-    drop_unannounced,
-    deciding,
-    find_checkpoint,
-    json_or_none,
-    restore,
-)
+from .checkpoint import deciding, restore
+from .record.generations import Found, current, drop_unannounced, find_checkpoint
 from .config import Loaded, config_sha256
 from .errors import ConfigError, MinsnrError, nearest
 from .data import ImageSet
@@ -268,7 +262,7 @@ def close(
 
 
 def _origin(found: Found) -> dict:
-    pointer = json_or_none(found.path.parent / "CURRENT.json") or {}
+    pointer = current(found.path.parent)
     return {
         "pointer": "ckpts/last/CURRENT.json",
         "step": found.manifest["step"],

@@ -271,10 +271,10 @@ WATCHED += ("ctypes.dlopen", "webbrowser.open", "urllib.Request", "marshal.loads
 
 def judge(run_path: str, scratch: str) -> dict:
     "Open everything that is hostile, and say what was not refused and what happened"
-    from minsnr_nb.checkpoint import find_checkpoint
     from minsnr_nb.errors import MinsnrError
     from minsnr_nb.record.checks import check_run
     from minsnr_nb.record.directory import Run
+    from minsnr_nb.record.generations import find_checkpoint
 
     root, run = Path(scratch) / "documents", Run(Path(run_path))
     canary = Path(scratch) / "canary"

@@ -29,6 +29,7 @@ from minsnr_nb.record.directory import (
     manifest_of,
     summarise,
 )
+from .generations import generations, pointer_problem, problems
 from .predictions import set_problems
 from .state import attempts_of, derive_state, read_status
 from .strict_json import read_json, read_log, to_json
@@ -276,15 +277,13 @@ def _metrics(run):
 
 # %% ../../nbs/record/19_checks.ipynb #4eed837e
 def _generation(run: Run, folder: Path) -> Iterator[tuple[str, str]]:
-    "Verify one checkpoint directory"
+    "Verify one checkpoint directory, and that it belongs to this config and this log"
     name = folder.relative_to(run.path).as_posix()
+    found = [(f"{name}/{file}", message) for file, message in problems(folder, needed=())]
+    if found:
+        yield from found
+        return
     manifest = read_json(folder / "MANIFEST.json")
-    for file, facts in manifest["files"].items():
-        path = inside(folder, file, f"{name}/MANIFEST.json")
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
-            yield f"{name}/{file}", "is missing or has another size"
-        elif durable.sha256(path) != facts["sha256"]:
-            yield f"{name}/{file}", "does not match its digest"
     if manifest["config_sha256"] != durable.sha256(run.config_path):
         yield name, "belongs to another config"
     log = manifest.get("metrics")
@@ -294,30 +293,18 @@ def _generation(run: Run, folder: Path) -> Iterator[tuple[str, str]]:
                 yield name, "belongs to another metrics log"
 
 # %% ../../nbs/record/19_checks.ipynb #b5de1fcf
-def _pointer_problem(home: Path) -> str | None:
-    "What is wrong with CURRENT.json, if anything"
-    current = read_json(home / "CURRENT.json")
-    manifest = inside(home, current["dir"], "CURRENT.json") / "MANIFEST.json"
-    if not manifest.is_file() or durable.sha256(manifest) != current["manifest_sha256"]:
-        return "points to no intact generation"
-    return None
-
-
 @check("AB.checkpoints", "L2", "resume falls back to the previous generation by itself")
 def _checkpoints(run):
+    orderly = derive_state(run) in ("completed", "interrupted")  # a full disk may end it earlier
     for home in (run.ckpts_last, run.ckpts_best):
-        folders = sorted(home.glob("step_*"))
+        folders = generations(home)
         for folder in folders:
             try:
                 yield from _generation(run, folder)
             except (MinsnrError, OSError) as e:
                 if folder.is_dir():
                     yield folder.relative_to(run.path).as_posix(), str(e)
-        orderly = derive_state(run) in (
-            "completed",
-            "interrupted",
-        )  # a full disk may end it earlier
-        if folders and orderly and (problem := _pointer_problem(home)):
+        if folders and orderly and (problem := pointer_problem(home)):
             yield f"ckpts/{home.name}/CURRENT.json", problem
 
 # %% ../../nbs/record/19_checks.ipynb #5ccf599c

@@ -25,6 +25,7 @@ from .events import read_events
 from .provenance import VARS, freeze
 from ..settings import project_root, settings
 from ..guard import inside
+from .generations import find_checkpoint
 from .strict_json import read_json
 from .directory import Run, open_run
 
@@ -69,9 +70,11 @@ def first_difference(
 # %% ../../nbs/record/26_repro.ipynb #f37109dc
 def final_state(run: Run) -> tuple[int, dict[str, str]]:
     "Step and digests of the newest checkpoint"
-    pointer = read_json(run.ckpts_last / "CURRENT.json")
-    manifest = read_json(run.ckpts_last / pointer["dir"] / "MANIFEST.json")
-    return manifest["step"], {name: facts["sha256"] for name, facts in manifest["files"].items()}
+    found, _ = find_checkpoint(run)
+    if found is None:
+        raise MinsnrError(f"{run.path}: has no checkpoint to compare")
+    digests = {name: facts["sha256"] for name, facts in found.manifest["files"].items()}
+    return found.manifest["step"], digests
 
 
 def compare_runs(then: Run, now: Run) -> Difference | None:

@@ -4,9 +4,9 @@ import json
 import random
 from contextlib import contextmanager
 
-from minsnr_nb.checkpoint import find_checkpoint
 from minsnr_nb.errors import MinsnrError
 from minsnr_nb.record.checks import check_run
+from minsnr_nb.record.generations import find_checkpoint
 from minsnr_nb.record.strict_json import read_log
 
 from .lab import Lab, scratch

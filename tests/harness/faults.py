@@ -5,7 +5,7 @@ import random
 import time
 
 from minsnr_nb import api, durable
-from minsnr_nb.checkpoint import find_checkpoint
+from minsnr_nb.record.generations import find_checkpoint
 from tests.faulty_os import FaultyOS, fails_with, half_then_dies
 
 from .lab import Lab, bits, durable_os, forked, invalid, killed_after, scratch, told, visible
