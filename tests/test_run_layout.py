@@ -154,7 +154,7 @@ def test_killed_between_a_generation_and_its_pointer(tmp_path):
     attempt = start_attempt(run)
     assert list(run.ckpts_last.glob(".*")) == []
     set_status(run, "interrupted", 2, 4, attempt=attempt)
-    assert [(c[0], "CURRENT.json" in c[2]) for c in failed(run.path)] == [("AB.checkpoints", True)]
+    assert [(c[0], "CURRENT.json" in c[1]) for c in failed(run.path)] == [("AB.checkpoints", True)]
 
 
 # --- racing ---------------------------------------------------------------------------------------
