@@ -176,7 +176,7 @@ def cross_problems(cfg: "Config") -> list[tuple[tuple, str]]:
     "List combinations of valid keys that make no sense together"
     out = []
     if cfg.objective.prediction == "eps" and cfg.schedule.zero_terminal_snr:
-        msg = "'eps' cannot be used with schedule.zero_terminal_snr: x0 is unknown at SNR = 0; use 'v' or 'x0'"
+        msg = "'eps' cannot be used with schedule.zero_terminal_snr: x0 is unknown at SNR = 0; use 'x0', 'v', 'u' or 'F'"
         out.append((("objective", "prediction"), msg))
     for section in ("metrics", "callbacks"):
         names = [lane.name for lane in getattr(cfg, section)]

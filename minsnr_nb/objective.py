@@ -128,7 +128,7 @@ def make_objective(
     if prediction == "eps" and (schedule.snr == 0).any():
         raise ConfigError(
             "objective.prediction: 'eps' can not be used with zero terminal SNR: where the SNR is 0 "
-            "the noise says nothing about the image; allowed: x0, v"
+            "the noise says nothing about the image; allowed: x0, v, u, F"
         )
     weight = loss_weight(weighting, schedule.snr, prediction=prediction, **keywords).float()
     if not weight.isfinite().all():
