@@ -12,12 +12,12 @@ import hashlib
 import re
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Iterable, Literal, Mapping
+from typing import Annotated, Any, Callable, Iterable, Literal, Mapping
 
 from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from .errors import ConfigError, nearest
 from .strict_yaml import MAX_BYTES, MAX_DEPTH, plain_values, read_yaml, write_yaml
@@ -121,6 +121,19 @@ class Config(BaseModel):
         "timing", "grad_norm", "log_events", "sample_grid", "evaluate", "checkpoint", "progress"
     )
     eval: EvalSection = EvalSection()
+    extensions: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    _code: tuple = PrivateAttr(())
+
+    @property
+    def code(self) -> tuple:
+        "The files that `extensions` names, as `load` read them"
+        return self._code
+
+    def with_code(self, code: tuple) -> "Config":
+        "The same settings, with other files of own code"
+        new = self.model_copy(update={"extensions": tuple(file.name for file in code)})
+        new._code = code
+        return new
 
 # %% ../nbs/00_config.ipynb #91a096ff
 def frozen(x: Any) -> Any:
@@ -296,7 +309,8 @@ class Loaded(BaseModel):
 # %% ../nbs/00_config.ipynb #cf5d7159
 def dump(cfg: Config) -> str:
     "Write a config as YAML, in the order of the schema"
-    return write_yaml(cfg.model_dump(mode="json"))
+    without = set() if cfg.extensions else {"extensions"}  # as before there was such a key
+    return write_yaml(cfg.model_dump(mode="json", exclude=without))
 
 
 def config_sha256(cfg: Config) -> str:
@@ -372,11 +386,14 @@ def load_config(
     *sources: "str | Path | Mapping",  # YAML files or mappings, later ones win key by key
     overrides: Iterable[str] = (),  # "key=value", applied last
     lanes: Mapping = {},  # Section name -> registry that checks its keywords
+    own: "Callable | None" = None,  # (names, file that names them) -> own code, ready for the lanes
 ) -> Loaded:  # The frozen config and its history
     "Read, merge, resolve and check settings; every mistake is told at once"
-    data, where, name, log = {}, {}, "settings", []
+    data, where, name, log, home = {}, {}, "settings", [], None
     for source in sources:
         new, places, name = _read(source)
+        if "extensions" in new:
+            home = None if isinstance(source, Mapping) else Path(source)
         for section in [k for k, v in new.items() if isinstance(v, Mapping) and "name" in v]:
             data.pop(section, None)
         data = _merge(data, new, name)
@@ -388,12 +405,19 @@ def load_config(
     for path, value in asked:
         _put(data, path, value, f"{'.'.join(map(str, path))}=")
         where[path] = "override"
+        home = None if path[0] == "extensions" else home
         log.append({"key": ".".join(map(str, path)), "value": value, "source": "override"})
-    composed = write_yaml(data)
     plain = frozen(_resolve(data, name))
     found = problems(Config, plain)
+    wrong = any(path[0] == "extensions" for path, _ in found)
+    code = own(plain.get("extensions", ()), home) if own and not wrong else ()
+    if code:
+        data["extensions"] = [file.name for file in code]
+        plain["extensions"] = tuple(data["extensions"])
+    composed = write_yaml(data)
     filled, bad = _check_lanes(plain, lanes)
     _report(found + bad, where, name)
     cfg = Config.model_validate(filled)
+    cfg = cfg.with_code(code) if code else cfg
     _report(cross_problems(cfg), where, name)
     return Loaded(cfg=cfg, composed=composed, overrides=tuple(log))

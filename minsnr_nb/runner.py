@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from .callbacks import CALLBACKS
 from minsnr_nb.checkpoint import (
     Found,
     drop_unannounced,
@@ -43,6 +42,7 @@ from .record.directory import write_summary
 from .record.checks import is_sealed
 from .record.state import beat, fence, set_status, start_attempt
 from .record.seal import seal, unseal
+from .record.trust import code_record, trust
 from .train_loop import Callback, Loop, NonFiniteLoss, StepResult, train
 
 # %% ../nbs/71_runner.ipynb #63bcb622
@@ -72,13 +72,16 @@ def new_run(
     )
     if study:
         provenance["study"] = study
+    provenance["extensions"] = code_record(cfg.code)
+    if cfg.code:
+        trust(cfg.code)  # it is your own, or you have accepted it
     run = create_run(
         Path(run_root or settings(project_root())["runs"]),
         cfg.project,
         config_text=loaded.composed,
         resolved_text=loaded.resolved,
         provenance=provenance,
-        files=files,
+        files=files | {f"extensions/{f.name}": f.data for f in cfg.code},
     )
     tell_papermill(run)
     return run
@@ -191,7 +194,7 @@ def make_loop(
     log: EventLog | None = None,  # Its event log
 ) -> Loop:
     "Put a lab's objects into a training loop"
-    callbacks = [CALLBACKS.bind(c.name, c.keywords)() for c in lab.cfg.callbacks]
+    callbacks = [make() for make in lab.callbacks]
     return Loop(
         cfg=lab.cfg,
         state=lab.state(),

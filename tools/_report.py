@@ -8,6 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Hand-written modules and the layer each belongs to: plumbing whose tests are in tests/
 PLAIN = {"errors": -3, "strict_yaml": -2, "durable": -1, "pm_engine": 0.6, "all": 100}
+PLAIN |= {"capture": 69.1, "own_code": 69.2}
 
 
 def main(findings: Callable[[Path], Iterable[str]]) -> None:
