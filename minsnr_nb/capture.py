@@ -38,7 +38,8 @@ def _codes(value: Any) -> Iterator[CodeType]:
         part = getattr(part, "fget", None) or getattr(part, "__func__", part)
         part = inspect.unwrap(part) if callable(part) else part
         if isinstance(part, FunctionType) and part.__module__ == value.__module__:
-            yield part.__code__
+            if linecache.getlines(part.__code__.co_filename):  # dataclass writes some without source
+                yield part.__code__
 
 
 def _texts(value: Any, space: dict) -> Iterator[str]:

@@ -12,12 +12,12 @@ import hashlib
 import re
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterable, Literal, Mapping
+from typing import Annotated, Any, Callable, ClassVar, Iterable, Literal, Mapping, NamedTuple
 
 from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError, nearest
 from .strict_yaml import MAX_BYTES, MAX_DEPTH, plain_values, read_yaml, write_yaml
@@ -122,17 +122,15 @@ class Config(BaseModel):
     )
     eval: EvalSection = EvalSection()
     extensions: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    _code: tuple = PrivateAttr(())
+    code: ClassVar[tuple] = ()  # the files that `extensions` names, as `with_code` puts them there
 
-    @property
-    def code(self) -> tuple:
-        "The files that `extensions` names, as `load` read them"
-        return self._code
-
-    def with_code(self, code: tuple) -> "Config":
-        "The same settings, with other files of own code"
+    def with_code(
+        self,
+        code: tuple,  # Files of own code
+    ) -> "Config":
+        "The same settings, together with the files that `extensions` names"
         new = self.model_copy(update={"extensions": tuple(file.name for file in code)})
-        new._code = code
+        object.__setattr__(new, "code", code)
         return new
 
 # %% ../nbs/00_config.ipynb #91a096ff
@@ -381,14 +379,19 @@ def _merge(data: dict, new: dict, source: str) -> dict:
     with _told(source):
         return OmegaConf.to_container(OmegaConf.merge(data, new))
 
+# %% ../nbs/00_config.ipynb #780f0401
+class _Composed(NamedTuple):
+    "Settings before their references are resolved"
 
-def load_config(
-    *sources: "str | Path | Mapping",  # YAML files or mappings, later ones win key by key
-    overrides: Iterable[str] = (),  # "key=value", applied last
-    lanes: Mapping = {},  # Section name -> registry that checks its keywords
-    own: "Callable | None" = None,  # (names, file that names them) -> own code, ready for the lanes
-) -> Loaded:  # The frozen config and its history
-    "Read, merge, resolve and check settings; every mistake is told at once"
+    data: dict
+    where: dict  # key path -> "file:line"
+    name: str  # of the last source
+    overrides: tuple[dict, ...]
+    home: Path | None  # the file that says `extensions`
+
+
+def _compose(sources: tuple, overrides: Iterable[str]) -> _Composed:
+    "Lay sources and overrides over each other"
     data, where, name, log, home = {}, {}, "settings", [], None
     for source in sources:
         new, places, name = _read(source)
@@ -407,17 +410,27 @@ def load_config(
         where[path] = "override"
         home = None if path[0] == "extensions" else home
         log.append({"key": ".".join(map(str, path)), "value": value, "source": "override"})
+    return _Composed(data, where, name, tuple(log), home)
+
+# %% ../nbs/00_config.ipynb #f83e097b
+def load_config(
+    *sources: "str | Path | Mapping",  # YAML files or mappings, later ones win key by key
+    overrides: Iterable[str] = (),  # "key=value", applied last
+    lanes: Mapping = {},  # Section name -> registry that checks its keywords
+    own: Callable[[tuple, Path | None], tuple] | None = None,  # Loads what `extensions` names
+) -> Loaded:  # The frozen config and its history
+    "Read, merge, resolve and check settings; every mistake is told at once"
+    data, where, name, log, home = _compose(sources, overrides)
     plain = frozen(_resolve(data, name))
-    found = problems(Config, plain)
-    wrong = any(path[0] == "extensions" for path, _ in found)
-    code = own(plain.get("extensions", ()), home) if own and not wrong else ()
+    found, code = problems(Config, plain), ()
+    if own and not any(path[0] == "extensions" for path, _ in found):
+        code = own(plain.get("extensions", ()), home)
     if code:
-        data["extensions"] = [file.name for file in code]
-        plain["extensions"] = tuple(data["extensions"])
+        plain["extensions"] = tuple(file.name for file in code)
+        data["extensions"] = list(plain["extensions"])
     composed = write_yaml(data)
     filled, bad = _check_lanes(plain, lanes)
     _report(found + bad, where, name)
     cfg = Config.model_validate(filled)
-    cfg = cfg.with_code(code) if code else cfg
     _report(cross_problems(cfg), where, name)
-    return Loaded(cfg=cfg, composed=composed, overrides=tuple(log))
+    return Loaded(cfg=cfg.with_code(code) if code else cfg, composed=composed, overrides=log)
