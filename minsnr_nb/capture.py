@@ -20,10 +20,10 @@ from typing import Any
 from minsnr_nb.errors import ConfigError
 from minsnr_nb.registry import Registry
 
-__all__ = ["standalone"]
+__all__ = ["CURE", "standalone"]
 
 _MAX_VALUE = 1 << 16  # characters of one plain value
-_CURE = "move it to a file and name that file in `extensions`"
+CURE = "move it to a file and name that file in `extensions`"
 
 
 class _Missing(Exception):
@@ -271,6 +271,6 @@ def standalone(
                 )
         except _Missing as e:
             raise ConfigError(
-                f"{lane.lane} {name!r} of this notebook cannot travel with the run: it {e}; {_CURE}"
+                f"{lane.lane} {name!r} of this notebook cannot travel with the run: it {e}; {CURE}"
             ) from None
     return module.text()

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from minsnr_nb.capture import standalone
+from minsnr_nb.capture import CURE, standalone
 from minsnr_nb.config import Config, Loaded
 from minsnr_nb.errors import ConfigError
 from minsnr_nb.guard import read_plain, secret_problem
@@ -260,13 +260,18 @@ def _shape(entry: Callable) -> tuple:
 
 def _prove(file: OwnCode, cells: list[tuple[Registry, str, Any]], lanes: Lanes) -> None:
     "Execute a captured module by itself and compare what it registers"
-    copies = {(lane.lane, name): entry for lane, name, (entry, _) in _entries(file, lanes)}
+    try:
+        found = _entries(file, lanes)
+    except ConfigError as e:
+        said = str(e).removeprefix("extensions: ")
+        raise ConfigError(f"the cells of this notebook do not work by themselves: {said}; {CURE}") from None
+    copies = {(lane.lane, name): entry for lane, name, (entry, _) in found}
     for lane, name, entry in cells:
         copy = copies.get((lane.lane, name))
         if copy is None or _shape(copy) != _shape(entry):
             raise ConfigError(
                 f"{lane.lane} {name!r} of this notebook is another one when it stands alone;"
-                " move it to a file and name that file in `extensions`"
+                f" {CURE}"
             )
 
 

@@ -307,9 +307,9 @@ def test_a_file_is_found_or_its_places_are_named(tmp_path, capsys):
     assert done.returncode == 2 and "extensions: no file 'own.py'" in done.stderr
 
 
-def run_cell(source: str, names: dict, number=iter(range(999))) -> dict:
+def run_cell(source: str, names: dict) -> dict:
     "Execute a text as a cell of a notebook does"
-    place = f"<cell {next(number)}>"
+    place = f"<cell {len(linecache.cache)}>"
     linecache.cache[place] = (len(source), None, source.splitlines(True), place)
     exec(compile(source, place, "exec"), names)
     return names
@@ -379,6 +379,23 @@ def test_a_definition_without_source_is_refused(cell, says, notebook):
 def test_a_definition_from_nowhere_is_refused(notebook):
     exec(compile(HEAD + WEIGHT.format("snr"), "<nowhere>", "exec"), notebook)
     with pytest.raises(ConfigError, match="has no source"):
+        lab.for_training(lab.load({"loss": {"name": "caught"}}))
+
+
+def test_a_capture_is_tried_by_itself(notebook):
+    wide = WEIGHT.replace("(snr)", '(snr, *, n: int = eval("hidden"))')
+    run_cell(HEAD + wide.format("snr"), notebook | {"hidden": 3})
+    with pytest.raises(ConfigError, match="by themselves: cells.py:.*NameError: name 'hidden'"):
+        lab.for_training(lab.load({"loss": {"name": "caught"}}))
+
+
+def test_a_cell_that_is_another_one_by_itself_is_refused(notebook):
+    kind = '(snr, *, n: {"__main__": int}.get(__name__, float) = 1)'
+    run_cell(
+        HEAD + WEIGHT.replace("(snr)", kind.replace("{", "{{").replace("}", "}}")).format("snr"),
+        notebook,
+    )
+    with pytest.raises(ConfigError, match="is another one when it stands alone"):
         lab.for_training(lab.load({"loss": {"name": "caught"}}))
 
 

@@ -120,7 +120,10 @@ def trust_file() -> Path:
 def trusted() -> dict[str, dict]:  # Hash -> names of the files, and since when
     "Read the list of trusted code"
     file = trust_file()
-    return read_json(file)["trusted"] if file.is_file() else {}
+    known = read_json(file) if file.is_file() else {"trusted": {}}
+    if not isinstance(known, dict) or not isinstance(known.get("trusted"), dict):
+        raise ConfigError(f"{file}: is not a list of trusted code; remove it")
+    return known["trusted"]
 
 
 def trust(
