@@ -356,13 +356,12 @@ ALIASES = {
 )
 def lanes(args: argparse.Namespace) -> int:
     "List the lanes, or the entries of one: minsnr list [LANE]"
-    from minsnr_nb.lab import LANES
-    from minsnr_nb.own_code import find_code, using
+    from minsnr_nb.lab import lanes_with
     from minsnr_nb.registry import load_plugins
 
     load_plugins()
-    with using(LANES, find_code(tuple(args.extension))):
-        return _list(args.lane, LANES)
+    with lanes_with(*args.extension) as known:
+        return _list(args.lane, known)
 
 
 def _list(lane: str | None, lanes: dict) -> int:
@@ -373,7 +372,7 @@ def _list(lane: str | None, lanes: dict) -> int:
     names = {**{k: k for k in lanes}, **{f"{k.rstrip('s')}s": k for k in lanes}, **ALIASES}
     if lane not in names:
         raise ConfigError(f"no lane {lane!r}" + nearest(lane, names))
-    print(_columns(lanes[names[lane]].table()))
+    print(_columns(lanes[names[lane]].table(origins=True)))
     return 0
 
 # %% ../nbs/73_cli.ipynb #85874e55

@@ -171,15 +171,16 @@ def _show(p: inspect.Parameter) -> str:
 @patch
 def table(
     self: Registry,
-) -> list[dict[str, str]]:  # One row per entry: name, keywords, summary, from
+    origins: bool = False,  # Whether to say where each entry comes from
+) -> list[dict[str, str]]:  # One row per entry: name, keywords, perhaps from, summary
     "Describe every entry in a line"
     rows = []
     for name, entry in self.items():
         params = inspect.signature(entry).parameters.values()
         keys = ", ".join(_show(p) for p in params if p.kind is p.KEYWORD_ONLY)
         doc = (inspect.getdoc(entry) or "").split("\n")[0]
-        about = {"name": name, "keywords": keys, "from": _origin(self.home(name))}
-        rows.append(about | {"summary": doc})
+        about = {"from": _origin(self.home(name))} if origins else {}
+        rows.append({"name": name, "keywords": keys, **about, "summary": doc})
     return rows
 
 # %% ../nbs/01_registry.ipynb #b682ba80
