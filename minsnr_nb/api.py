@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_run', 'config_differences', 'config_of', 'resume_run', 'read_tensors', 'fill', 'load_network', 'eval_run',
-           'dump_as_mapping', 'sample_run', 'fork_run', 'continue_run', 'promote_run', 'sample_model']
+           'sample_run', 'fork_run', 'continue_run', 'promote_run', 'sample_model']
 
 # %% ../nbs/72_api.ipynb #575bd3de
 import re
@@ -25,7 +25,7 @@ from .durable import sha256
 from .evaluate import report
 from .record.events import EventLog
 from .guard import tensor_bytes, tensor_header
-from .lab import Lab, build, load
+from .lab import Lab, build, for_training, load
 from .checkpoint import store_samples
 from .record.promote import Model, find_model, promote
 from .settings import project_root, settings
@@ -49,7 +49,7 @@ def train_run(
     warn: Callable[[str], None] = quiet,  # Called with lines a person should see
 ) -> Run:
     "Train a new run from a config"
-    loaded = load(*sources, overrides=overrides)
+    loaded = for_training(load(*sources, overrides=overrides))
     lab = build(loaded.cfg, device)
     if any(c.name == "evaluate" for c in loaded.cfg.callbacks):
         with threads(settings(project_root())["threads"]):
@@ -93,7 +93,7 @@ def resume_run(
     run = open_run(path)
     cfg = config_of(run)
     if sources or overrides:
-        given = load(*(sources or [run.config_path]), overrides=overrides).cfg
+        given = load(*(sources or [run.config_path]), overrides=overrides, code=cfg.code).cfg
         if different := config_differences(cfg, given):
             raise ConfigError(
                 f"{run.path}: cannot be resumed with another config: {'; '.join(different)}"
@@ -153,7 +153,7 @@ def eval_run(
     "Evaluate a run's averaged weights and add the values to its log"
     run = open_run(path)
     cfg = config_of(run)
-    asked = load(dump_as_mapping(cfg), *([config] if config else []), overrides=overrides).cfg
+    asked = load(run.config_path, *([config] if config else []), overrides=overrides).cfg
     _only(("eval", "sampler", "metrics"), cfg, asked)
     refuse_owner(run)  # the log belongs to the process that trains
     model, _ = load_network(run, weights, device)
@@ -181,11 +181,6 @@ def _weights_step(run: Run, weights: str) -> int:
     if not re.fullmatch("[0-9]{1,12}", step):
         raise MinsnrError(f"{path}: does not say at which step it was saved")
     return int(step)
-
-
-def dump_as_mapping(cfg: Config) -> dict:
-    "Give a config back as plain values"
-    return cfg.model_dump(mode="json")
 
 # %% ../nbs/72_api.ipynb #6e1a515a
 def sample_run(
@@ -231,7 +226,8 @@ def fork_run(
 ) -> Run:
     "Begin a new run with the newest checkpoint of another"
     parent = open_run(path)
-    loaded = load(dump_as_mapping(config_of(parent)), *sources, overrides=overrides)
+    config_of(parent)  # or a line that says what was changed in it
+    loaded = for_training(load(parent.config_path, *sources, overrides=overrides))
     lab = build(loaded.cfg, device)
     loop, lineage = _child(parent, lab, reason)
     run = new_run(loaded, lab, run_root or parent.path.parent.parent, lineage=lineage)

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from .errors import ConfigError, MinsnrError, nearest
@@ -47,6 +48,7 @@ _OVERRIDES = _word("overrides", nargs="*", metavar="key=value", help="settings, 
 _DEVICE = _word("--device", help="auto, cpu, cuda; settings.ini has the default")
 _ROOT = _word("--run-root", help="where runs live; settings.ini has the default")
 _BESIDE = _word("--run-root", help="where the new run lives; beside the old one when not given")
+_TRUST = _word("--trust-code", metavar="HASH", help="accept the run's own code, once you read it")
 _JSON = _word("--json", action="store_true", help="everything, for scripts")
 _WEIGHTS = _word(
     "--weights", default="last", choices=["last", "best"], help="which averaged weights"
@@ -60,6 +62,7 @@ _WEIGHTS = _word(
     _word("--resume", metavar="RUN", help="continue this run"),
     _DEVICE,
     _ROOT,
+    _TRUST,
 )
 def train(args: argparse.Namespace) -> int:
     "Train a config: minsnr train CONFIG [key=value …] [--resume RUN]"
@@ -79,6 +82,7 @@ def train(args: argparse.Namespace) -> int:
     _OVERRIDES,
     _word("--allow", action="append", default=[], help="a difference: code, torch"),
     _DEVICE,
+    _TRUST,
 )
 def resume(args: argparse.Namespace) -> int:
     "Take up a run where its last checkpoint left it: minsnr resume RUN"
@@ -89,7 +93,7 @@ def resume(args: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/73_cli.ipynb #15175c75
-@_verb("eval", _RUN, _OVERRIDES, _WEIGHTS, _DEVICE)
+@_verb("eval", _RUN, _OVERRIDES, _WEIGHTS, _DEVICE, _TRUST)
 def evaluate(args: argparse.Namespace) -> int:
     "Evaluate a run's averaged weights: minsnr eval RUN [CONFIG] [key=value …]"
     from minsnr_nb.api import eval_run
@@ -113,6 +117,7 @@ def evaluate(args: argparse.Namespace) -> int:
     _word("--out", default=".", help="where a model's picture goes"),
     _WEIGHTS,
     _DEVICE,
+    _TRUST,
 )
 def sample(args: argparse.Namespace) -> int:
     "Draw a grid of samples: minsnr sample RUN --n 64 --seed 1, or minsnr sample local://NAME"
@@ -243,7 +248,7 @@ def ask(args: argparse.Namespace) -> int:
     return 0
 
 
-@_verb("fork", _RUN, _OVERRIDES, _DEVICE, _BESIDE)
+@_verb("fork", _RUN, _OVERRIDES, _DEVICE, _BESIDE, _TRUST)
 def fork(args: argparse.Namespace) -> int:
     "Begin a new run with another's checkpoint: minsnr fork RUN key=value …"
     from minsnr_nb.api import fork_run
@@ -259,6 +264,7 @@ def fork(args: argparse.Namespace) -> int:
     _word("--steps", type=int, required=True, help="the new end, counted from the start"),
     _DEVICE,
     _BESIDE,
+    _TRUST,
 )
 def go_on(args: argparse.Namespace) -> int:
     "Train longer, in a new run: minsnr continue RUN --steps 20000"
@@ -294,6 +300,7 @@ def export(args: argparse.Namespace) -> int:
     _word("name", help="of the model"),
     _WEIGHTS,
     _word("--licence", default="Apache-2.0", help="of the weights, for the card"),
+    _TRUST,
 )
 def promote(args: argparse.Namespace) -> int:
     "Put a run's weights among the models: minsnr promote RUN NAME"
@@ -319,6 +326,7 @@ def compare(args: argparse.Namespace) -> int:
     _word("--verify", action="store_true", help="compare both"),
     _word("--here", action="store_true", help="in the present environment, not its own"),
     _DEVICE,
+    _TRUST,
 )
 def repro(args: argparse.Namespace) -> int:
     "Run an old run again from its record and compare: minsnr repro RUN --verify"
@@ -341,21 +349,30 @@ ALIASES = {
 }
 
 
-@_verb("list", _word("lane", nargs="?", help="for example weightings"))
+@_verb(
+    "list",
+    _word("lane", nargs="?", help="for example weightings"),
+    _word("--extension", action="append", default=[], metavar="FILE", help="own code to show too"),
+)
 def lanes(args: argparse.Namespace) -> int:
     "List the lanes, or the entries of one: minsnr list [LANE]"
-    from minsnr_nb.lab import LANES
+    from minsnr_nb.lab import lanes_with
     from minsnr_nb.registry import load_plugins
 
-    for problem in load_plugins():
-        _warn(problem)
-    if not args.lane:
-        print(_columns([{"lane": k, "entries": ", ".join(reg)} for k, reg in LANES.items()]))
+    load_plugins()
+    with lanes_with(*args.extension) as known:
+        return _list(args.lane, known)
+
+
+def _list(lane: str | None, lanes: dict) -> int:
+    "Print the lanes, or one"
+    if not lane:
+        print(_columns([{"lane": k, "entries": ", ".join(reg)} for k, reg in lanes.items()]))
         return 0
-    names = {**{k: k for k in LANES}, **{f"{k.rstrip('s')}s": k for k in LANES}, **ALIASES}
-    if args.lane not in names:
-        raise ConfigError(f"no lane {args.lane!r}" + nearest(args.lane, names))
-    print(_columns(LANES[names[args.lane]].table()))
+    names = {**{k: k for k in lanes}, **{f"{k.rstrip('s')}s": k for k in lanes}, **ALIASES}
+    if lane not in names:
+        raise ConfigError(f"no lane {lane!r}" + nearest(lane, names))
+    print(_columns(lanes[names[lane]].table(origins=True)))
     return 0
 
 # %% ../nbs/73_cli.ipynb #85874e55
@@ -406,6 +423,27 @@ def _take_env() -> None:
         load_env(path)
 
 
+def _tell_plugins() -> None:
+    "Say which plug-ins are broken; the rest works"
+    if entry_points(group="minsnr_nb.plugins"):
+        from minsnr_nb.registry import load_plugins
+
+        for problem in load_plugins():
+            _warn(problem)
+
+
+def _accept(args: argparse.Namespace) -> None:
+    "Trust the own code of the run that is asked for"
+    from minsnr_nb.record.promote import find_model
+    from minsnr_nb.record.trust import trust_code
+    from minsnr_nb.settings import project_root, settings
+
+    run = getattr(args, "run", None) or getattr(args, "resume", None) or args.config
+    if run.startswith("local://"):
+        run = find_model(run, settings(project_root())["models"]).path
+    trust_code(run if Path(run).is_dir() else Path(run).parent, args.trust_code)
+
+
 def _parsed(argv: list[str] | None) -> argparse.Namespace:
     "Read the words; settings may stand on both sides of an option"
     parser = _parser()
@@ -429,6 +467,9 @@ def main(
     args = _parsed(argv)
     try:
         _take_env()
+        _tell_plugins()
+        if getattr(args, "trust_code", None):
+            _accept(args)
         return args.run_verb(args)
     except MinsnrError as e:
         if args.debug:

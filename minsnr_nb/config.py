@@ -13,7 +13,7 @@ import hashlib
 import re
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Iterable, Literal, Mapping
+from typing import Annotated, Any, Callable, ClassVar, Iterable, Literal, Mapping, NamedTuple
 
 from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import OmegaConf
@@ -122,6 +122,17 @@ class Config(BaseModel):
         "timing", "grad_norm", "log_events", "sample_grid", "evaluate", "checkpoint", "progress"
     )
     eval: EvalSection = EvalSection()
+    extensions: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    code: ClassVar[tuple] = ()  # the files that `extensions` names, as `with_code` puts them there
+
+    def with_code(
+        self,
+        code: tuple,  # Files of own code
+    ) -> "Config":
+        "The same settings, together with the files that `extensions` names"
+        new = self.model_copy(update={"extensions": tuple(file.name for file in code)})
+        object.__setattr__(new, "code", code)
+        return new
 
 # %% ../nbs/00_config.ipynb #91a096ff
 def frozen(x: Any) -> Any:
@@ -297,7 +308,8 @@ class Loaded(BaseModel):
 # %% ../nbs/00_config.ipynb #cf5d7159
 def dump(cfg: Config) -> str:
     "Write a config as YAML, in the order of the schema"
-    return write_yaml(cfg.model_dump(mode="json"))
+    without = set() if cfg.extensions else {"extensions"}  # as before there was such a key
+    return write_yaml(cfg.model_dump(mode="json", exclude=without))
 
 
 def config_sha256(cfg: Config) -> str:
@@ -368,16 +380,24 @@ def _merge(data: dict, new: dict, source: str) -> dict:
     with _told(source):
         return OmegaConf.to_container(OmegaConf.merge(data, new))
 
-# %% ../nbs/00_config.ipynb #03cf7d9d
-def load_config(
-    *sources: "str | Path | Mapping",  # YAML files or mappings, later ones win key by key
-    overrides: Iterable[str] = (),  # "key=value", applied last
-    lanes: Mapping = {},  # Section name -> registry that checks its keywords
-) -> Loaded:  # The frozen config and its history
-    "Read, merge, resolve and check settings; every mistake is told at once"
-    data, where, name, log = {}, {}, "settings", []
+# %% ../nbs/00_config.ipynb #780f0401
+class _Composed(NamedTuple):
+    "Settings before their references are resolved"
+
+    data: dict
+    where: dict  # key path -> "file:line"
+    name: str  # of the last source
+    overrides: tuple[dict, ...]
+    home: Path | None  # the file that says `extensions`
+
+
+def _compose(sources: tuple, overrides: Iterable[str]) -> _Composed:
+    "Lay sources and overrides over each other"
+    data, where, name, log, home = {}, {}, "settings", [], None
     for source in sources:
         new, places, name = _read(source)
+        if "extensions" in new:
+            home = None if isinstance(source, Mapping) else Path(source)
         for section in [k for k, v in new.items() if isinstance(v, Mapping) and "name" in v]:
             data.pop(section, None)
         data = _merge(data, new, name)
@@ -389,15 +409,32 @@ def load_config(
     for path, value in asked:
         _put(data, path, value, f"{'.'.join(map(str, path))}=")
         where[path] = "override"
+        home = None if path[0] == "extensions" else home
         log.append({"key": ".".join(map(str, path)), "value": value, "source": "override"})
-    composed = write_yaml(data)
+    return _Composed(data, where, name, tuple(log), home)
+
+# %% ../nbs/00_config.ipynb #f83e097b
+def load_config(
+    *sources: "str | Path | Mapping",  # YAML files or mappings, later ones win key by key
+    overrides: Iterable[str] = (),  # "key=value", applied last
+    lanes: Mapping = {},  # Section name -> registry that checks its keywords
+    own: Callable[[tuple, Path | None], tuple] | None = None,  # Loads what `extensions` names
+) -> Loaded:  # The frozen config and its history
+    "Read, merge, resolve and check settings; every mistake is told at once"
+    data, where, name, log, home = _compose(sources, overrides)
     plain = frozen(_resolve(data, name))
-    found = problems(Config, plain)
+    found, code = problems(Config, plain), ()
+    if own and not any(path[0] == "extensions" for path, _ in found):
+        code = own(plain.get("extensions", ()), home)
+    if code:
+        plain["extensions"] = tuple(file.name for file in code)
+        data["extensions"] = list(plain["extensions"])
+    composed = write_yaml(data)
     filled, bad = _check_lanes(plain, lanes)
     _report(found + bad, where, name)
     cfg = Config.model_validate(filled)
     _report(cross_problems(cfg), where, name)
-    return Loaded(cfg=cfg, composed=composed, overrides=tuple(log))
+    return Loaded(cfg=cfg.with_code(code) if code else cfg, composed=composed, overrides=log)
 
 # %% ../nbs/00_config.ipynb #c10099d4
 def leaves(

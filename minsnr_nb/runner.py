@@ -36,6 +36,7 @@ from .record.directory import write_summary
 from .record.checks import is_sealed
 from .record.state import beat, fence, set_status, start_attempt
 from .record.seal import seal, unseal
+from .record.trust import code_record, trust
 from .train_loop import Callback, Loop, NonFiniteLoss, StepResult, train
 
 # %% ../nbs/71_runner.ipynb #63bcb622
@@ -65,13 +66,16 @@ def new_run(
     )
     if study or cfg.study:
         provenance["study"] = {"name": cfg.study} | (study or {})
+    provenance["extensions"] = code_record(cfg.code)
+    if cfg.code:
+        trust(cfg.code)  # it is your own, or you have accepted it
     run = create_run(
         Path(run_root or settings(project_root())["runs"]),
         cfg.project,
         config_text=loaded.composed,
         resolved_text=loaded.resolved,
         provenance=provenance,
-        files=files,
+        files=files | {f"extensions/{f.name}": f.data for f in cfg.code},
     )
     tell_papermill(run)
     return run
@@ -189,7 +193,7 @@ def make_loop(
         state=lab.state(),
         objective=lab.objective,
         images=lab.train,
-        callbacks=lab.callbacks(),
+        callbacks=[make() for make in lab.callbacks],
         device=lab.device,
         run=run,
         log=log,

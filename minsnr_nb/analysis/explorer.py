@@ -72,7 +72,7 @@ def sections(
 
 # %% ../../nbs/analysis/12_explorer.ipynb #17390e48
 def objective_of(
-    chosen: Mapping[str, Mapping],  # From `settings`, or these sections of a config
+    chosen: Mapping[str, Mapping],  # From `sections`, or these sections of a config
 ) -> Objective:
     "Build an objective, or refuse the combination in one line"
     schedule, loss, density = (dict(chosen[section]) for section in SECTIONS)
@@ -338,7 +338,7 @@ class Explorer:
 
     def __init__(
         self,
-        chosen: Mapping[str, Mapping],  # From `settings`
+        chosen: Mapping[str, Mapping],  # From `sections`
     ):
         import ipywidgets as widgets
 
@@ -375,12 +375,12 @@ class Explorer:
 
     def yaml(self) -> str:
         "The sections as YAML, to paste into a config"
-        return yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.sections, sort_keys=False, allow_unicode=True)
 
     def _redraw(self, change: Any = None) -> None:
         try:
             self.config.value = self.yaml()
-            seen = view(objective_of(self.settings))
+            seen = view(objective_of(self.sections))
             self.image.value = quick_png(self.sheet.draw(seen))
             self.text.value, self.image.layout.display = html.escape(summary(seen)), None
         except MinsnrError as refused:
@@ -413,6 +413,6 @@ def explore(
     weighting: str | Mapping = "min_snr",  # Entry of `WEIGHTINGS`, or {"name": …, **keywords}
     density: str | Mapping = "uniform",  # Entry of `DENSITIES`, or {"name": …, **keywords}
     sigma_data: float = SIGMA_DATA,  # Standard deviation of the data
-) -> Explorer:  # Shown by JupyterLab; `settings` and `yaml()` give its state
+) -> Explorer:  # Shown by JupyterLab; `sections` and `yaml()` give its state
     "Look at an objective, and change it"
     return Explorer(sections(schedule, prediction, weighting, density, sigma_data))

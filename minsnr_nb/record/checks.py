@@ -227,7 +227,8 @@ def _summary(run):
 def _evidence(stamp: dict) -> Iterator[dict]:
     "Every {path, sha256} in provenance that points into the run"
     env = stamp.get("env") or {}
-    for pointer in (stamp["git"].get("patch"), env.get("freeze"), *(env.get("locks") or [])):
+    listed = (*(env.get("locks") or []), *(stamp.get("extensions") or []))
+    for pointer in (stamp["git"].get("patch"), env.get("freeze"), *listed):
         if pointer:
             yield pointer
 
@@ -237,6 +238,10 @@ def _immutable(run):
     stamp = run.provenance()
     claims = [("config.resolved.yaml", stamp["config"]["resolved_sha256"])]
     claims += [("config.yaml", stamp["config"]["composed_sha256"])]
+    known = {pointer["path"] for pointer in stamp.get("extensions") or []}
+    for path in sorted((run.path / "meta/extensions").glob("*")):
+        if (name := f"meta/extensions/{path.name}") not in known:
+            yield name, "is code that provenance does not name"
     claims += [(pointer["path"], pointer["sha256"]) for pointer in _evidence(stamp)]
     for record in attempts_of(run):
         claims += record["frozen"].items()
@@ -309,7 +314,7 @@ def _checkpoints(run):
 
 # %% ../../nbs/record/19_checks.ipynb #5ccf599c
 TEXTS = {".json", ".jsonl", ".yaml", ".yml", ".txt", ".log", ".csv", ".md", ".svg", ".patch"}
-TEXTS |= {".ipynb", ".lock"}
+TEXTS |= {".ipynb", ".lock", ".py"}
 
 
 @check("AB.no_pickle", "L2", "save arrays as npz or safetensors, facts as JSON or YAML")

@@ -262,7 +262,9 @@ def _stage(staging: Path, stamp: dict, composed: str, resolved: str, files: dict
         "logs/events.jsonl": "",
     } | {f"meta/{name}": data for name, data in files.items()}
     for name, data in documents.items():
-        durable.create(staging / name, data)
+        code = name.startswith("meta/extensions/")
+        durable.make_dir((staging / name).parent)
+        durable.create(staging / name, data, mode=0o444 if code else 0o666)
     for name in ("config.resolved.yaml", "config_resolved.yaml"):
         durable.create(staging / name, resolved, mode=0o444)
     durable.create(run.summary_path, to_json(summarise(run, stamp["run_id"])))

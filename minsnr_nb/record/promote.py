@@ -16,6 +16,7 @@ from ..guard import inside
 from .strict_json import read_json, to_json, utc_now
 from .directory import Run, open_run
 from .seal import audit
+from .trust import stored_code
 
 # %% ../../nbs/record/23_promote.ipynb #ddc07687
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -131,6 +132,7 @@ def promote(
     if not source.is_file():
         raise ConfigError(f"{source}: not there; choose --weights last or best")
     files = {Path(f).name: (run.path / f).read_bytes() for f in COPIED}
+    files |= {f"extensions/{f.name}": f.data for f in stored_code(run.path)}
     files["model.safetensors"] = source.read_bytes()
     card = _card(run, name, weights, shape, step, licence)
     card["files"] = {

@@ -162,12 +162,14 @@ def freeze() -> str:
 
 @cache
 def packages() -> dict[str, str]:
-    "Versions of this package and of what it asks for"
+    "Versions of this package, of what it asks for, and of its plug-ins"
     try:
         needs = metadata.requires("minsnr_nb") or []
     except metadata.PackageNotFoundError:
         needs = ["torch", "numpy", "safetensors", "omegaconf", "pydantic"]
     names = ["minsnr_nb", *(re.match(r"[\w.-]+", n)[0] for n in needs if "extra ==" not in n)]
+    plugins = (ep.dist for ep in metadata.entry_points(group="minsnr_nb.plugins") if ep.dist)
+    names += sorted({dist.name for dist in plugins})
     have = dict(line.split("==") for line in freeze().split())
     found = {n: have.get(n.lower(), have.get(n.lower().replace("_", "-"))) for n in names}
     return {n: v for n, v in found.items() if v} | {"torch": torch_build()[0]}

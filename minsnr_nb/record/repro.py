@@ -28,6 +28,7 @@ from ..guard import inside
 from .generations import find_checkpoint
 from .strict_json import read_json
 from .directory import Run, open_run
+from .trust import require_trust, stored_code
 
 # %% ../../nbs/record/26_repro.ipynb #c48993e3
 class Difference(NamedTuple):
@@ -228,6 +229,7 @@ def rerun(
 ) -> Iterator[Run]:  # The new run, which is gone afterwards
     "Run an old run again, from its record alone"
     run = open_run(path)
+    require_trust(run.path, stored_code(run.path))
     first = run.attempts / "0001.json"
     device = device or (read_json(first).get("device") if first.is_file() else None) or "auto"
     with tempfile.TemporaryDirectory(prefix="minsnr-repro-") as place:
