@@ -246,29 +246,31 @@ def _registers(source: str) -> bool:
     return any(".register" in ast.unparse(d) for d in node.decorator_list)
 
 
+def _add_entry(module: _Module, lane: Registry, name: str) -> None:
+    "Add an entry of a lane, registered"
+    base = inspect.unwrap(lane[name])
+    if not isinstance(base, FunctionType | type):
+        raise _Missing(f"is a {type(base).__name__} without source")
+    if base.__name__ not in module.parts:
+        module.define(base.__name__, lane[name], _space(lane[name]))
+    if not _registers(module.parts[base.__name__]):
+        line = _import_of("LANE", lane)
+        if line is None:
+            raise _Missing("is in a lane that no module offers")
+        line = line.split(" as ")[0]
+        module.imports.add(line)
+        call = f"{line.split(' import ')[1]}.register({name!r})({base.__name__})"
+        module.parts[f"{lane.lane} {name}"] = call
+
+
 def standalone(
     wanted: Sequence[tuple[Registry, str]],  # Entries that cells define: lane, name
 ) -> str:  # Source of a module that defines them, and registers them when it is executed
     "Write a module from the definitions of a notebook"
     module = _Module()
     for lane, name in wanted:
-        entry = lane[name]
-        space = _space(entry)
         try:
-            base = inspect.unwrap(entry)
-            if not isinstance(base, FunctionType | type):
-                raise _Missing(f"is a {type(base).__name__} without source")
-            if base.__name__ not in module.parts:
-                module.define(base.__name__, entry, space)
-            if not _registers(module.parts[base.__name__]):
-                table = _import_of("LANE", lane)
-                if table is None:
-                    raise _Missing("is in a lane that no module offers")
-                short = table.split(" import ")[1].split(" as ")[0]
-                module.imports.add(table.split(" as ")[0])
-                module.parts[f"+{lane.lane} {name}"] = (
-                    f"{short}.register({name!r})({base.__name__})"
-                )
+            _add_entry(module, lane, name)
         except _Missing as e:
             raise ConfigError(
                 f"{lane.lane} {name!r} of this notebook cannot travel with the run: it {e}; {CURE}"

@@ -7,6 +7,7 @@ executed once in a process. What comes from a run is verified, and trusted by ha
 
 import ast
 import importlib.util
+import inspect
 import linecache
 import re
 import sys
@@ -252,8 +253,6 @@ def _named(cfg: Config, lanes: Lanes) -> Iterator[tuple[Registry, str]]:
 
 def _shape(entry: Callable) -> tuple:
     "What must be equal in an entry and its copy"
-    import inspect
-
     params = inspect.signature(entry).parameters.values()
     return [(p.name, p.kind) for p in params], keyword_model(entry).model_json_schema()
 
@@ -275,6 +274,18 @@ def _prove(file: OwnCode, cells: list[tuple[Registry, str, Any]], lanes: Lanes) 
             )
 
 
+def _captured(cells: list[tuple[Registry, str, Any]], taken: set[str], lanes: Lanes) -> OwnCode:
+    "Write cells as one file, and try it"
+    names = ("cells.py", *(f"cells_{i}.py" for i in range(2, 99)))
+    text = standalone([(lane, name) for lane, name, _ in cells])
+    file = OwnCode(next(n for n in names if n not in taken), text.encode(), "cell")
+    if problem := secret_problem(file.data):
+        raise ConfigError(f"a cell of this notebook holds {problem}; it would be kept in the run")
+    _refuse_beside(file.data, "this notebook", Path.cwd())
+    _prove(file, cells, lanes)
+    return file
+
+
 def with_cells(
     loaded: Loaded,  # From `load`
     lanes: Lanes,
@@ -287,16 +298,8 @@ def with_cells(
         cells = [(r, n, r[n]) for r, n in dict.fromkeys(named) if r.home(n) == "__main__"]
         if not cells:
             return loaded
-        taken = {file.name for file in cfg.code}
-        name = next(n for n in ("cells.py", *(f"cells_{i}.py" for i in range(2, 99))) if n not in taken)
-        file = OwnCode(name, standalone([(r, n) for r, n, _ in cells]).encode(), "cell")
-        _refuse_beside(file.data, "this notebook", Path.cwd())
-        if problem := secret_problem(file.data):
-            raise ConfigError(f"a cell of this notebook holds {problem}; it would be kept in the run")
-        _prove(file, cells, lanes)
+        file = _captured(cells, {file.name for file in cfg.code}, lanes)
     _LIVE[file.sha256] = cells
     code = (*cfg.code, file)
     composed = read_yaml(loaded.composed)[0] | {"extensions": [f.name for f in code]}
-    return loaded.model_copy(
-        update={"cfg": cfg.with_code(code), "composed": write_yaml(composed)}
-    )
+    return loaded.model_copy(update={"cfg": cfg.with_code(code), "composed": write_yaml(composed)})

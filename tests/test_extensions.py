@@ -422,6 +422,12 @@ def test_a_capture_holds_what_is_needed_and_nothing_else(notebook):
     assert torch.equal(names["caught"](torch.ones(2)), notebook["caught"](torch.ones(2)))
 
 
+def test_an_entry_that_was_registered_by_a_call_is_captured(notebook):
+    run_cell(HEAD + "def plain(snr): return snr\nWEIGHTINGS.register('caught')(plain)\n", notebook)
+    (file,) = lab.for_training(lab.load({"loss": {"name": "caught"}})).cfg.code
+    assert "WEIGHTINGS.register('caught')(plain)" in file.data.decode()
+
+
 def test_a_cell_run_again_is_captured_again(notebook):
     digests = set()
     for factor in (2, 3, 2):
