@@ -32,7 +32,7 @@ from .record.directory import Run
 from .record.predictions import MAX_FRAMES, intrinsics, save_predictions
 from .record.state import fence
 from .show import png, tile, to_uint8
-from .train_loop import Callback, Loop, StepResult, TrainState
+from .train_loop import Callback, Judged, Loop, StepResult, TrainState
 
 # %% ../nbs/52_checkpoint.ipynb #9970e434
 def optimizer_tensors(
@@ -342,6 +342,12 @@ class Predictions(Callback):
                 weights_sha256=state_sha256(network.state_dict()),
                 seed=loop.cfg.seed,
             )
+
+    def after_evaluate(self, about: Judged) -> list[Path]:
+        facts = {"step": about.step, "weights": about.slot, "seed": about.cfg.seed}
+        facts |= {"sampler": {"name": about.cfg.sampler.name} | about.cfg.sampler.keywords}
+        facts["weights_sha256"] = state_sha256(about.network.state_dict())
+        return [store_samples(about.run, about.sample(about.network, self.n), **facts)]
 
 
 def state_sha256(

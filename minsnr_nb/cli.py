@@ -95,7 +95,12 @@ def evaluate(args: argparse.Namespace) -> int:
     from minsnr_nb.api import eval_run
 
     run, values = eval_run(
-        args.run, args.config, overrides=args.overrides, weights=args.weights, device=args.device
+        args.run,
+        args.config,
+        overrides=args.overrides,
+        weights=args.weights,
+        device=args.device,
+        warn=_warn,
     )
     announce(run)
     print(json.dumps(values, indent=1))
@@ -124,7 +129,7 @@ def sample(args: argparse.Namespace) -> int:
         print(sample_model(args.run, size=size, out=args.out, **how))
     else:
         save = {"save_predictions": args.save_predictions}
-        print(sample_run(args.run, weights=args.weights, **how, **save))
+        print(sample_run(args.run, weights=args.weights, warn=_warn, **how, **save))
     return 0
 
 

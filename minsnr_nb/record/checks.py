@@ -29,6 +29,7 @@ from minsnr_nb.record.directory import (
     manifest_of,
     summarise,
 )
+from .evaluations import evaluation_problems
 from .predictions import set_problems
 from .state import attempts_of, derive_state, read_status
 from .strict_json import read_json, read_log, to_json
@@ -106,7 +107,7 @@ def contract_report(checks: list[Check]) -> dict[str, bool]:
 def _missing(run: Run, contract: str) -> Iterator[tuple[str, str]]:
     for e in LAYOUT:
         there = (run.path / e.path).is_dir if e.kind == "dir" else (run.path / e.path).is_file
-        if contract in (e.contract or "AB") and not there():
+        if contract in (e.contract or "AB") and e.needed and not there():
             yield e.path, f"required {e.kind} is missing: {e.meaning}"
 
 
@@ -393,6 +394,11 @@ def _frames(run: Run) -> Iterator[tuple[str, str]]:
     for metadata in sorted(run.predictions.glob("[!.]*/metadata.json")):
         if "frames" in read_json(metadata):  # sets of other tools may be plainer
             yield from set_problems(run, metadata.parent)
+
+
+@check("AB.evaluations", "L2", "restore the record from a copy; `minsnr eval` makes a new one")
+def _evaluations(run: Run) -> Iterator[tuple[str, str]]:
+    yield from evaluation_problems(run)
 
 # %% ../../nbs/record/19_checks.ipynb #a2de4281
 @check("A.status", "L2", "the status is written by the process that owns the run")

@@ -34,6 +34,7 @@ class Entry(NamedTuple):
     kind: str  # "file" or "dir"
     contract: str  # which contract asks for it: "A", "B", "AB", or "" for additions of ours
     meaning: str  # what a reader finds there
+    needed: bool = True  # whether a run without it is broken; runs are older than some entries
 
 
 LAYOUT_VERSION = 1
@@ -68,6 +69,8 @@ LAYOUT = (
     Entry("artifacts/grids", "dir", "", "sample grids"),
     Entry("artifacts/checkpoints", "dir", "B", "portable EMA weights, safetensors"),
     Entry("artifacts/predictions", "dir", "B", "`<set>/frame_<id>.npz` and `metadata.json`"),
+    Entry("artifacts/evaluations", "dir", "", "one record per evaluation, never replaced", False),
+    Entry("logs/stdout.log", "file", "", "what the training process printed, at most 1 MiB", False),
 )
 
 # %% ../../nbs/record/13_directory.ipynb #73ecd8d2
@@ -108,6 +111,7 @@ class Run:
     grids = _at("artifacts/grids")
     checkpoints_dir = _at("artifacts/checkpoints")
     predictions = _at("artifacts/predictions")
+    evaluations = _at("artifacts/evaluations")
     notebook = _at("notebook/study.ipynb")
 
     @property
@@ -260,6 +264,7 @@ def _stage(staging: Path, stamp: dict, composed: str, resolved: str, files: dict
         "meta/heartbeat.json": to_json(pulse(0, 0)),
         "logs/metrics.jsonl": "",
         "logs/events.jsonl": "",
+        "logs/stdout.log": "",
     } | {f"meta/{name}": data for name, data in files.items()}
     for name, data in documents.items():
         durable.create(staging / name, data)
