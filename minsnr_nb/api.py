@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['train_run', 'config_differences', 'config_of', 'resume_run', 'read_tensors', 'fill', 'load_network',
-           'dump_as_mapping', 'eval_run', 'sample_run', 'fork_run', 'continue_run', 'promote_run', 'sample_model']
+           'dump_as_mapping', 'eval_run', 'sample_run', 'fork_run', 'continue_run', 'promote_run', 'sample_model',
+           'eval_model']
 
 # %% ../nbs/72_api.ipynb #575bd3de
 import re
@@ -31,7 +32,7 @@ from minsnr_nb.record.evaluations import (
     read_evaluation,
     read_record,
 )
-from .record.events import EventLog, read_events
+from .record.events import EventLog, printed, read_events
 from .guard import tensor_bytes, tensor_header
 from .lab import Lab, build, load
 from .checkpoint import store_samples
@@ -72,9 +73,32 @@ def train_run(
     if any(c.name == "evaluate" for c in loaded.cfg.callbacks):
         with threads(settings(project_root())["threads"]):
             _ = lab.evaluator.anchors  # a metric that cannot be computed is a wrong request, too
-    run = new_run(loaded, lab, run_root, study)
-    announce(run)
-    return run_to_end(run, lab, warn)
+    begin, lineage = _start(loaded.cfg, lab)
+    run = new_run(loaded, lab, run_root, study, lineage)
+    with printed(run, 0):
+        announce(run)
+    return run_to_end(run, lab, warn, begin=begin)
+
+
+def _start(cfg: Config, lab: Lab) -> tuple[Callable[[Loop], None] | None, dict | None]:
+    "How a run begins with a promoted model's weights, and what its record says of it"
+    if not cfg.start:
+        return None, None
+    model = find_model(cfg.start, settings(project_root())["models"])
+    path = model.path / "model.safetensors"
+    try:
+        fill(lab.state().model, path)
+    except MinsnrError as e:
+        raise ConfigError(f"start: {cfg.start}: {e}") from None
+    tensors, card = read_tensors(path), model.card
+    lineage = {"model": cfg.start, "weights_sha256": card["files"][path.name]["sha256"]}
+    lineage |= {"source_run": card["source_run"], "source_step": card["step"], "reason": "start"}
+
+    def begin(loop: Loop) -> None:
+        for network in (loop.state.model, loop.state.ema.model):
+            network.load_state_dict(tensors)
+
+    return begin, lineage
 
 # %% ../nbs/72_api.ipynb #5e4ac29a
 def config_differences(
@@ -116,13 +140,25 @@ def resume_run(
             raise ConfigError(
                 f"{run.path}: cannot be resumed with another config: {'; '.join(different)}"
             )
-    announce(run)
+    with printed(run, len(attempts_of(run))):
+        announce(run)
     if not run.notebook.exists():  # killed before its study could keep the notebook
         tell_papermill(run)
     if derive_state(run) != "completed":
-        return run_to_end(run, build(cfg, device), warn, allow)
+        lab = build(cfg, device)
+        return run_to_end(run, lab, warn, allow, _begin_again(run, cfg, lab))
     close(run, warn)
     return run
+
+
+def _begin_again(run: Run, cfg: Config, lab: Lab) -> Callable[[Loop], None] | None:
+    "A run without a checkpoint begins once more with its model, if that is still the same"
+    if "model" not in (run.provenance().get("lineage") or {}) or find_checkpoint(run)[0]:
+        return None
+    begin, lineage = _start(cfg, lab)
+    if lineage != run.provenance()["lineage"]:
+        raise ConfigError(f"{run.path}: {cfg.start} is no longer the model that it began with")
+    return begin
 
 # %% ../nbs/72_api.ipynb #2e8e7ab7
 def read_tensors(
@@ -336,10 +372,13 @@ def fork_run(
     "Begin a new run with the newest checkpoint of another"
     parent = open_run(path)
     loaded = load(dump_as_mapping(config_of(parent)), *sources, overrides=overrides)
+    if loaded.cfg.start != config_of(parent).start:
+        raise ConfigError("start: a fork begins with its parent's checkpoint, not with a model")
     lab = build(loaded.cfg, device)
     loop, lineage = _child(parent, lab, reason)
     run = new_run(loaded, lab, run_root or parent.path.parent.parent, lineage=lineage)
-    announce(run)
+    with printed(run, 0):
+        announce(run)
     with EventLog(run, 0) as log:
         loop.run, loop.log = run, log
         save_checkpoint(loop)
@@ -379,14 +418,42 @@ def promote_run(
     weights: str = "last",  # "last" or "best"
     licence: str = "Apache-2.0",
     models: str | Path | None = None,  # Where models live; settings.ini decides otherwise
+    evaluation: str | None = None,  # Whose values the card shows; the run's own when None
 ) -> Model:
     "Copy a run's averaged weights into the models, under a name and a version"
     run, root = open_run(path), Path(models or settings(project_root())["models"])
     _, lab = load_network(run, weights, "cpu")
     about = {"shape": lab.train.shape, "step": _weights_step(run, weights)}
-    return promote(run, name, root, **about, weights=weights, licence=licence)
+    how = {"weights": weights, "licence": licence, "evaluation": evaluation}
+    return promote(run, name, root, **about, **how)
+
+# %% ../nbs/72_api.ipynb #2491b518
+def _opened(
+    address: str,
+    sections: tuple[str, ...],
+    overrides: tuple,
+    device: str | None,
+    models: Any,
+    *more: Any,
+) -> tuple[Model, nn.Module, Lab, Config]:
+    "Find a promoted model; its network, everything its config names, and that config"
+    model = find_model(address, models or settings(project_root())["models"])
+    cfg = load(path := model.path / "config.resolved.yaml").cfg
+    asked = load(path, *more, overrides=overrides).cfg
+    _only(sections, cfg, asked)
+    lab = build(asked, device)
+    shape = tuple(model.card["input_shape"])
+    if lab.train.shape != shape:
+        raise ConfigError(f"{address}: needs data of {shape}; data.name gives {lab.train.shape}")
+    return model, fill(lab.state().model, model.path / "model.safetensors"), lab, cfg
 
 
+def _decided(model: Model, network: nn.Module, lab: Lab, cfg: Config, draw: dict | None) -> dict:
+    "What decides the values of a promoted model"
+    name = f"local://{model.card['name']}@{model.card['version']}"
+    return decided(lab.cfg, network, model.card["step"], lab.device, cfg, name, draw)
+
+# %% ../nbs/72_api.ipynb #405c0f9c
 def sample_model(
     address: str,  # local://NAME[@VERSION]
     n: int = 64,
@@ -398,20 +465,37 @@ def sample_model(
     models: str | Path | None = None,
 ) -> Path:  # The picture
     "Draw a grid of samples from a promoted model"
-    model = find_model(address, models or settings(project_root())["models"])
-    _, height, width = shape = tuple(model.card["input_shape"])
+    model, network, lab, cfg = _opened(address, ("sampler",), overrides, device, models)
+    _, height, width = model.card["input_shape"]
     if size not in (None, (height, width)):
         asked = f"{size[0]}x{size[1]}"
         raise ConfigError(f"{address}: makes images of {height}x{width}, not {asked}")
-    path = model.path / "config.resolved.yaml"
-    asked = load(path, overrides=overrides).cfg
-    _only(("sampler",), load(path).cfg, asked)
-    lab = build(asked, device)
-    if lab.train.shape != shape:
-        raise ConfigError(f"{address}: needs data of {shape}; data.name gives {lab.train.shape}")
-    network = fill(lab.state().model, model.path / "model.safetensors")
     images = lab.evaluator.draw(network, n, seed=seed)
-    draw, step = {"n": n, "seed": seed}, model.card["step"]
-    decides = decided(asked, network, step, lab.device, load(path).cfg, draw=draw)
-    name = f"{model.card['name']}-{model.card['version']}_{_drawn(asked, decides)}"
+    decides = _decided(model, network, lab, cfg, {"n": n, "seed": seed})
+    name = f"{model.card['name']}-{model.card['version']}_{_drawn(lab.cfg, decides)}"
     return save_png(_grid(images), Path(out) / name)
+
+# %% ../nbs/72_api.ipynb #70ec4a6b
+def eval_model(
+    address: str,  # local://NAME[@VERSION]
+    config: str | Path | None = None,  # YAML with other eval, sampler or metrics sections
+    overrides: tuple[str, ...] = (),  # "key=value" in the same sections
+    device: str | None = None,
+    models: str | Path | None = None,  # Where models live; settings.ini decides otherwise
+    warn: Callable[[str], None] = quiet,  # Called with lines a person should see
+) -> tuple[Model, dict[str, float]]:
+    "Evaluate a promoted model and leave a record of it"
+    sections, more = ("eval", "sampler", "metrics"), [config] if config else []
+    model, network, lab, cfg = _opened(address, sections, overrides, device, models, *more)
+    values = report(lab.evaluator, network)
+    about = {"name": model.card["name"], "version": model.card["version"]}
+    about["card_sha256"] = sha256(model.path / "card.json")
+    decides = _decided(model, network, lab, cfg, None)
+    record = new_evaluation("eval", decides, values, model=about)
+    path = model.path / "evaluations" / f"{record['id']}.json"
+    if path.is_file():
+        _tell(path, record, warn)
+    else:
+        keep_evaluation(path.parent, record)
+        warn(f"evaluation {record['id']}: kept beside the model")
+    return model, values

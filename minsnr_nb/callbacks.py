@@ -18,7 +18,7 @@ from .config import NonNegativeInt, PositiveInt
 from .objective import snr_bins
 from .registry import Registry
 from .show import save_png, tile
-from .train_loop import Callback, Judged, Loop, StepResult
+from .train_loop import Callback, Judged, Loop, StepResult, take_line
 
 # %% ../nbs/51_callbacks.ipynb #22715627
 CALLBACKS = Registry("callback")
@@ -53,8 +53,7 @@ class LogEvents(Callback):
         values = {"train/loss": weighted.sum() / count.sum(), "train/mse": mse.sum() / count.sum()}
         values |= {f"train/mse/bin{i}": m for i, m in enumerate(mse / count) if count[i] > 0}
         values = {k: float(v) for k, v in values.items()} | {"train/lr": result.lr}
-        loop.log.log(result.step, "train", values | loop.scalars)
-        loop.scalars.clear()
+        loop.log.log(result.step, "train", take_line(loop.scalars, values))
         self._sums.zero_()
 
     def state(self) -> dict:

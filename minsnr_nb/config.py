@@ -11,6 +11,7 @@ __all__ = ['Positive', 'NonNegative', 'Fraction', 'PositiveInt', 'NonNegativeInt
 import hashlib
 import re
 from contextlib import contextmanager
+import operator
 from pathlib import Path
 from typing import Annotated, Any, Iterable, Literal, Mapping
 
@@ -98,6 +99,9 @@ def _lanes(*names: str) -> tuple:
     return tuple(Lane(name=n) for n in names)
 
 
+_START = r"^(local://[A-Za-z0-9][A-Za-z0-9_-]{0,63}@[1-9]\d{0,5})?$"  # a promoted model
+
+
 class Config(BaseModel):
     "Everything that decides what a run computes"
 
@@ -105,6 +109,7 @@ class Config(BaseModel):
     project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] = "default"
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")] = ""
     seed: Annotated[int, Ge(0), Lt(1 << 32)] = 0
+    start: Annotated[str, Field(pattern=_START, exclude_if=operator.not_)] = ""
     data: Lane = Lane(name="digits")
     schedule: ScheduleLane = ScheduleLane()
     objective: ObjectiveSection = ObjectiveSection()

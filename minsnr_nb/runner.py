@@ -35,7 +35,7 @@ from .data import ImageSet
 from .durable import Appender, alone
 from .evaluate import report
 from .record.evaluations import decided_by, deciding, keep_evaluation, new_evaluation
-from .record.events import EventLog, lifecycle, rewind
+from .record.events import EventLog, lifecycle, printed, rewind
 from .lab import Lab
 from .record.provenance import collect, source_digest
 from .settings import project_root, settings
@@ -163,7 +163,8 @@ def recorded(
         ended("interrupted", e, loop.state.step, "interrupted by the user")
         raise
     except Exception as e:
-        ended("failed", e, loop.state.step, f"{type(e).__name__}: {e}")
+        where = getattr(e, "__notes__", [])[:1]  # the callback, if it was one
+        ended("failed", e, loop.state.step, ": ".join([*where, type(e).__name__, str(e)]))
         raise
     summed_up()
     done = {"code": 0, "signal": None, "type": None, "message": None}
@@ -246,6 +247,7 @@ def run_to_end(
     lab: Lab,  # Built from the run's own config
     warn: Callable[[str], None] = quiet,  # Called with lines a person should see
     allow: tuple[str, ...] = (),  # Differences that may change bits: "code", "torch", …
+    begin: Callable[[Loop], None] | None = None,  # Changes the state before the first step
 ) -> Run:
     "Train a run to its end, from its newest checkpoint if there is one"
     found, damaged = find_checkpoint(run)
@@ -263,8 +265,10 @@ def run_to_end(
         if found:
             drop_unannounced(run, found)
         rewind(run, found.manifest["metrics"]["bytes"] if found else 0, attempt)
-        with EventLog(run, attempt) as log:
+        with printed(run, attempt), EventLog(run, attempt) as log:
             loop = make_loop(lab, run, log)
+            if found is None and begin is not None:
+                begin(loop)
             if found:
                 restore(loop, found)
                 for name, change in changes.items():
@@ -282,7 +286,8 @@ def run_to_end(
 
 def _refuse_orphan(run: Run) -> None:
     "Without its parent's state a fork would train from nothing, and say otherwise"
-    if parent := run.provenance().get("lineage"):
+    parent = run.provenance().get("lineage") or {}
+    if "parent_run" in parent:
         again = f"fork the parent again, {parent['parent_run']} at step {parent['parent_step']}"
         raise ConfigError(f"{run.path}: has no checkpoint to go on from; {again}")
 

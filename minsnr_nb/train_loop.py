@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Batch', 'draw_batch', 'TrainState', 'lr_at', 'make_optimizer', 'StepResult', 'train_step', 'Callback', 'Judged',
-           'Loop', 'NonFiniteLoss', 'check_finite', 'train']
+           'Claimed', 'Scalars', 'take_line', 'guard_line', 'Loop', 'NonFiniteLoss', 'check_finite', 'train']
 
 # %% ../nbs/50_train_loop.ipynb #52f50ad9
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,6 +161,59 @@ class Judged(NamedTuple):
     sample: Callable[[nn.Module, int], Tensor]  # (network, n) -> images
     cfg: Config  # Settings of this evaluation
 
+# %% ../nbs/50_train_loop.ipynb #95966c1d
+class Claimed(dict):
+    "A line of the log in which every name has one writer"
+
+
+class Scalars(dict):
+    "Numbers for the next line of the log; a name belongs to one callback"
+
+    def __init__(self):
+        super().__init__()
+        self.owners, self.writer = {}, "the training loop"
+
+    def claim(self, names: Iterable[str]) -> None:
+        "Note that the present writer writes these names"
+        for name in names:
+            owner = self.owners.setdefault(name, self.writer)
+            if owner != self.writer:
+                both = f"is written by {owner} and by {self.writer}"
+                raise MinsnrError(f"{name}: {both}; one of them needs another name")
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        "Add numbers of the present writer"
+        new = dict(*args, **kwargs)
+        self.claim(new)
+        super().update(new)
+
+    def __setitem__(self, name: str, value: float) -> None:
+        self.update({name: value})
+
+    def __ior__(self, other: Any) -> "Scalars":
+        self.update(other)
+        return self
+
+# %% ../nbs/50_train_loop.ipynb #84b3d584
+def take_line(
+    scalars: Scalars,  # Emptied
+    values: dict[str, float],  # Of the callback that writes the line
+) -> Claimed:
+    "Join a callback's own values with what the others have left"
+    scalars.claim(values)
+    line = Claimed(values | scalars)
+    scalars.clear()
+    return line
+
+
+def guard_line(
+    scalars: Scalars,  # Of the loop
+    values: dict,  # About to be logged
+) -> None:
+    "Refuse a line with a name that belongs to another writer"
+    if not isinstance(values, Claimed):
+        scalars.claim(values)
+
 # %% ../nbs/50_train_loop.ipynb #03928233
 @dataclass
 class Loop:
@@ -173,7 +227,7 @@ class Loop:
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     run: Any = None  # Run directory, if there is one
     log: Any = None  # Its event log
-    scalars: dict[str, float] = field(default_factory=dict)  # For the next line of the log
+    scalars: Scalars = field(default_factory=Scalars)  # For the next line of the log
     sample: Callable[[nn.Module, int], Tensor] | None = None  # (network, n) -> images
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
     stop: bool = False  # A callback may ask for an early, orderly end
@@ -208,17 +262,45 @@ def check_finite(
             raise NonFiniteLoss(result.step, index.tolist(), value)
     results.clear()
 
+# %% ../nbs/50_train_loop.ipynb #2fe22740
+def _asking(loop: "Loop") -> Callable[..., None]:
+    "How to call one hook of every callback, in their order"
+    callbacks, names = sorted(loop.callbacks, key=lambda cb: cb.order), []
+    for cb in callbacks:
+        same = sum(type(cb) is type(other) for other in callbacks[: len(names)])
+        names.append(type(cb).__name__ + (f" ({same + 1})" if same else ""))
+    if loop.log is not None:
+        loop.log.guard = partial(guard_line, loop.scalars)
+
+    def ask(hook: str, *args: Any) -> None:
+        for cb, name in zip(callbacks, names, strict=True):
+            loop.scalars.writer = name
+            try:
+                getattr(cb, hook)(loop, *args)
+            except Exception as e:
+                _name_callback(e, f"{name}.{hook} at step {loop.state.step}")
+                raise
+
+    return ask
+
+
+def _name_callback(e: Exception, where: str) -> None:
+    "Say in an exception where it comes from; its type stays"
+    if isinstance(e, MinsnrError):
+        e.args = (f"{where}: {e}",)
+    else:
+        e.add_note(where)
+
 # %% ../nbs/50_train_loop.ipynb #7277aa56
 def train(
     loop: Loop,  # What to train, until `cfg.train.steps`
 ) -> TrainState:
     "Train, one step at a time, asking the callbacks after each"
     cfg, state, pending = loop.cfg, loop.state, []
-    callbacks = sorted(loop.callbacks, key=lambda cb: cb.order)
+    ask = _asking(loop)
     state.model.train()
     with torch.random.fork_rng():
-        for cb in callbacks:
-            cb.before_train(loop)
+        ask("before_train")
         while not (loop.done or loop.stop):
             batch = draw_batch(state.step, loop.images, loop.objective, cfg, loop.device)
             result = train_step(state, loop.objective, batch, cfg)
@@ -226,8 +308,6 @@ def train(
             looks = loop.device.type == "cpu" or loop.due(cfg.train.log_every)
             if looks or loop.due(cfg.train.checkpoint_every):
                 check_finite(pending)
-            for cb in callbacks:
-                cb.after_step(loop, result)
-        for cb in callbacks:
-            cb.after_train(loop)
+            ask("after_step", result)
+        ask("after_train")
     return state

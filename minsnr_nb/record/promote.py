@@ -13,6 +13,7 @@ from typing import NamedTuple
 from .. import durable
 from ..errors import ConfigError, MinsnrError, nearest
 from ..guard import inside
+from .evaluations import read_evaluation
 from .strict_json import read_json, to_json, utc_now
 from .directory import Run, open_run
 from .seal import audit
@@ -88,9 +89,9 @@ COPIED = ("config.resolved.yaml", "run_manifest.json", "metrics.json", "meta/pro
 
 
 def _card(
-    run: Run, name: str, weights: str, shape: tuple[int, ...], step: int, licence: str
+    run: Run, name: str, weights: str, shape: tuple[int, ...], step: int, licence: str, judged: dict
 ) -> dict:
-    final = read_json(run.summary_path)["final"]
+    values = judged.get("values", {})
     marks = ("eval/", "probe/")
     return {
         "schema_version": 1,
@@ -102,7 +103,8 @@ def _card(
         "input_shape": list(shape),
         "seal_sha256": durable.sha256(run.path / "meta/seal.json"),
         "manifest_sha256": durable.sha256(run.path / "meta/manifest.json"),
-        "metrics": {k: v for k, v in final.items() if k.startswith(marks) and "/bin" not in k},
+        "metrics": {k: v for k, v in values.items() if k.startswith(marks) and "/bin" not in k},
+        "evaluation": judged.get("id"),
         "licence": licence,
         "promoted_at_utc": utc_now(),
     }
@@ -117,6 +119,7 @@ def promote(
     step: int,  # At which the weights were saved
     weights: str = "last",  # "last" or "best"
     licence: str = "Apache-2.0",
+    evaluation: str | None = None,  # Whose values the card shows; the run's own when None
 ) -> Model:
     "Copy a run's averaged weights and what they rest on into the models"
     run = run if isinstance(run, Run) else open_run(run)
@@ -128,15 +131,26 @@ def promote(
         raise MinsnrError(f"{run.path}: not promoted: {worst.id} {worst.path}: {worst.message}")
     if not source.is_file():
         raise ConfigError(f"{source}: not there; choose --weights last or best")
+    judged = _judged(run, evaluation, step)
     files = {Path(f).name: (run.path / f).read_bytes() for f in COPIED}
     files["model.safetensors"] = source.read_bytes()
-    card = _card(run, name, weights, shape, step, licence)
+    card = _card(run, name, weights, shape, step, licence, judged)
     card["files"] = {
         f: {"bytes": len(d), "sha256": durable.digest(d)} for f, d in sorted(files.items())
     }
     path = _publish(Path(root, name), files, card)
     write_index(root)
     return Model(path, card | {"version": int(path.name)})
+
+
+def _judged(run: Run, evaluation: str | None, step: int) -> dict:
+    "The evaluation of the weights of a step; an empty one when there is none"
+    record = read_evaluation(run, evaluation, None if evaluation else step) or {}
+    of = record["decides"]["weights"]["step"] if record else step
+    if of != step or (record and record["decides"]["draw"] is not None):
+        what = f"of step {of}" if of != step else "no evaluation but samples"
+        raise ConfigError(f"evaluation {record['id']}: is {what}; the weights are of step {step}")
+    return record
 
 
 def _publish(home: Path, files: dict[str, bytes], card: dict) -> Path:

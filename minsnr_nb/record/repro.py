@@ -201,7 +201,8 @@ def _environment(run: Run, tree: Path) -> dict[str, str]:
     kept |= {k: str(recorded[k]) for k in VARS if k in recorded}  # nothing else from a stranger
     kept |= {"PYTHONPATH": str(tree)}
     kept |= {"OMP_NUM_THREADS": str(stamp["determinism"]["num_threads"])}
-    return kept | {"MINSNR_DATA": str(settings(project_root())["data"])}
+    here = settings(project_root())
+    return kept | {"MINSNR_DATA": str(here["data"]), "MINSNR_MODELS": str(here["models"])}
 
 
 def _python(run: Run, place: Path, here: bool, tell: Callable[[str], None]) -> str:

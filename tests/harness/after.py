@@ -17,8 +17,10 @@ FAULTS = (dies, half_then_dies, fails_with(errno.ENOSPC))
 FORK = ("train.steps=10", "optim.lr=0.001")
 
 
+OTHER = ("sampler.steps=3", "callbacks=[{name: sample_grid, n: 2}]")  # its own picture, too
+
 VERBS = {
-    "eval": lambda run: api.eval_run(run.path),
+    "eval": lambda run: api.eval_run(run.path, overrides=OTHER),
     "sample": lambda run: api.sample_run(run.path, n=2, save_predictions=True),
     "fork": lambda run: api.fork_run(run.path, overrides=FORK),
 }
@@ -57,7 +59,7 @@ def afterwards(lab: Lab, most: int | None = None, verbs=tuple(VERBS)) -> tuple[b
     rng, wrong = random.Random(7), []
     with scratch() as root:
         run = lab.whole(root / "whole")
-        _, values = api.eval_run(_copy(run, root / "evaluated").path)
+        _, values = api.eval_run(_copy(run, root / "evaluated").path, overrides=OTHER)
         with patch.object(api, "report", lambda *_: values):  # worked out once
             points, whole = _points(run, root / "counted")
             points = [p for p in points if p[0] in verbs]
