@@ -241,7 +241,7 @@ class _Copied:
         self._stream, self._keep, self._rest = stream, keep, ""
 
     def write(self, text: str) -> int:
-        done = self._stream.write(text)
+        done = self._stream.write(text) if self._stream else len(text)
         *lines, rest = (self._rest + text).split("\n")
         self._rest = (rest.rpartition("\r")[2] or rest)[-MAX_LINE:]
         for line in lines:
