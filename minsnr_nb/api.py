@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_run', 'config_differences', 'config_of', 'resume_run', 'read_tensors', 'fill', 'load_network', 'eval_run',
-           'sample_run', 'fork_run', 'continue_run', 'promote_run', 'sample_model']
+           'sample_run', 'fork_run', 'continue_run', 'promote_run', 'sample_model', 'eval_model']
 
 # %% ../nbs/72_api.ipynb #575bd3de
 import re
@@ -21,9 +21,17 @@ from .checkpoint import restore, save_checkpoint
 from .record.generations import CheckpointError, find_checkpoint
 from .config import Config, config_diff, config_sha256
 from .errors import ConfigError, MinsnrError
-from .durable import sha256
+from .durable import claim, digest, sha256
 from .evaluate import report
-from .record.events import EventLog
+from minsnr_nb.record.evaluations import (
+    differing,
+    evaluation_id,
+    keep_evaluation,
+    new_evaluation,
+    read_evaluation,
+    read_record,
+)
+from .record.events import EventLog, printed, read_events
 from .guard import tensor_bytes, tensor_header
 from .lab import Lab, build, for_training, load
 from .checkpoint import store_samples
@@ -33,10 +41,20 @@ from .guard import inside
 from .record.directory import Run, open_run
 from .record.directory import write_summary
 from .record.state import attempts_of, derive_state, refuse_owner
-from .runner import close, make_loop, new_run, quiet, run_to_end, tell_papermill, threads
+from minsnr_nb.runner import (
+    close,
+    decided,
+    make_loop,
+    new_run,
+    quiet,
+    run_to_end,
+    tell_papermill,
+    threads,
+)
 from .record.seal import reopened
-from .show import save_png, tile
-from .train_loop import Loop
+from .show import png, save_png, tile
+from .callbacks import CALLBACKS
+from .train_loop import Callback, Judged, Loop
 
 # %% ../nbs/72_api.ipynb #74112809
 def train_run(
@@ -54,9 +72,32 @@ def train_run(
     if any(c.name == "evaluate" for c in loaded.cfg.callbacks):
         with threads(settings(project_root())["threads"]):
             _ = lab.evaluator.anchors  # a metric that cannot be computed is a wrong request, too
-    run = new_run(loaded, lab, run_root, study)
-    announce(run)
-    return run_to_end(run, lab, warn)
+    begin, lineage = _start(loaded.cfg, lab)
+    run = new_run(loaded, lab, run_root, study, lineage)
+    with printed(run, 0):
+        announce(run)
+    return run_to_end(run, lab, warn, begin=begin)
+
+
+def _start(cfg: Config, lab: Lab) -> tuple[Callable[[Loop], None] | None, dict | None]:
+    "How a run begins with a promoted model's weights, and what its record says of it"
+    if not cfg.start:
+        return None, None
+    model = find_model(cfg.start, settings(project_root())["models"])
+    path = model.path / "model.safetensors"
+    try:
+        fill(lab.state().model, path)
+    except MinsnrError as e:
+        raise ConfigError(f"start: {cfg.start}: {e}") from None
+    tensors, card = read_tensors(path), model.card
+    lineage = {"model": cfg.start, "weights_sha256": card["files"][path.name]["sha256"]}
+    lineage |= {"source_run": card["source_run"], "source_step": card["step"], "reason": "start"}
+
+    def begin(loop: Loop) -> None:
+        for network in (loop.state.model, loop.state.ema.model):
+            network.load_state_dict(tensors)
+
+    return begin, lineage
 
 # %% ../nbs/72_api.ipynb #5e4ac29a
 def config_differences(
@@ -98,13 +139,25 @@ def resume_run(
             raise ConfigError(
                 f"{run.path}: cannot be resumed with another config: {'; '.join(different)}"
             )
-    announce(run)
+    with printed(run, len(attempts_of(run))):
+        announce(run)
     if not run.notebook.exists():  # killed before its study could keep the notebook
         tell_papermill(run)
     if derive_state(run) != "completed":
-        return run_to_end(run, build(cfg, device), warn, allow)
+        lab = build(cfg, device)
+        return run_to_end(run, lab, warn, allow, _begin_again(run, cfg, lab))
     close(run, warn)
     return run
+
+
+def _begin_again(run: Run, cfg: Config, lab: Lab) -> Callable[[Loop], None] | None:
+    "A run without a checkpoint begins once more with its model, if that is still the same"
+    if "model" not in (run.provenance().get("lineage") or {}) or find_checkpoint(run)[0]:
+        return None
+    begin, lineage = _start(cfg, lab)
+    if lineage != run.provenance()["lineage"]:
+        raise ConfigError(f"{run.path}: {cfg.start} is no longer the model that it began with")
+    return begin
 
 # %% ../nbs/72_api.ipynb #2e8e7ab7
 def read_tensors(
@@ -142,31 +195,7 @@ def load_network(
         raise ConfigError(f"{path}: not there; the run has not saved {weights!r} weights yet")
     return fill(lab.state().model, path), lab
 
-
-def eval_run(
-    path: str | Path,  # A run directory
-    config: str | Path | None = None,  # YAML with other eval, sampler or metrics sections
-    overrides: tuple[str, ...] = (),  # "key=value" in the same sections
-    weights: str = "last",
-    device: str | None = None,
-) -> tuple[Run, dict[str, float]]:
-    "Evaluate a run's averaged weights and add the values to its log"
-    run = open_run(path)
-    cfg = config_of(run)
-    asked = load(run.config_path, *([config] if config else []), overrides=overrides).cfg
-    _only(("eval", "sampler", "metrics"), cfg, asked)
-    refuse_owner(run)  # the log belongs to the process that trains
-    model, _ = load_network(run, weights, device)
-    values = report(build(asked, device).evaluator, model)
-    refuse_owner(run)
-    attempt = len(attempts_of(run))
-    with reopened(run):
-        with EventLog(run, attempt) as log:
-            log.log(_weights_step(run, weights), "eval", values)
-        write_summary(run)
-    return run, values
-
-
+# %% ../nbs/72_api.ipynb #2e9cecd8
 def _only(sections: tuple[str, ...], then: Config, now: Config) -> None:
     "Refuse a change that would have no effect"
     for changed in config_differences(then, now):
@@ -182,6 +211,77 @@ def _weights_step(run: Run, weights: str) -> int:
         raise MinsnrError(f"{path}: does not say at which step it was saved")
     return int(step)
 
+# %% ../nbs/72_api.ipynb #d38a4de9
+def eval_run(
+    path: str | Path,  # A run directory
+    config: str | Path | None = None,  # YAML with other eval, sampler, metrics or callbacks
+    overrides: tuple[str, ...] = (),  # "key=value" in the same sections
+    weights: str = "last",
+    device: str | None = None,
+    warn: Callable[[str], None] = quiet,  # Called with lines a person should see
+) -> tuple[Run, dict[str, float]]:
+    "Evaluate a run's averaged weights and leave a record of it"
+    run = open_run(path)
+    cfg = config_of(run)
+    asked = load(run.config_path, *([config] if config else []), overrides=overrides).cfg
+    _only(("eval", "sampler", "metrics", "callbacks"), cfg, asked)
+    refuse_owner(run)  # the log belongs to the process that trains
+    model, _ = load_network(run, weights, device)
+    lab, step = build(asked, device), _weights_step(run, weights)
+    guests = _guests(lab) if asked.callbacks != cfg.callbacks else []
+    with threads(run.provenance()["determinism"]["num_threads"]):
+        values = report(lab.evaluator, model)
+        decides = decided(asked, model, step, lab.device, cfg, weights)
+        record = new_evaluation("eval", decides, values)
+        about = Judged(run, record["id"], weights, step, model, lab.evaluator.draw, asked)
+        refuse_owner(run)
+        _keep(about, record, guests, own=asked == cfg and weights == "last", warn=warn)
+    return run, values
+
+# %% ../nbs/72_api.ipynb #48182fec
+def _guests(lab: Lab) -> list[Callback]:
+    "Callbacks of an evaluation; one that has nothing to do there is a wrong request"
+    able = [
+        k for k, made in CALLBACKS.items() if made.after_evaluate is not Callback.after_evaluate
+    ]
+    for at, lane in enumerate(lab.cfg.callbacks):
+        if lane.name not in able:
+            why = f"does nothing at an evaluation; allowed: {', '.join(able)}"
+            raise ConfigError(f"callbacks.{at}.name: {lane.name!r} {why}")
+    return [make() for make in lab.callbacks]
+
+
+def _keep(about: Judged, record: dict, guests: list[Callback], own: bool, warn: Callable) -> None:
+    "Store what an evaluation made, unless it is there already"
+    run, path = about.run, about.run.evaluations / f"{record['id']}.json"
+    logged = [e["step"] for e in read_events(run) if e["kind"] == "eval"] if own else []
+    news = own and about.step > max(logged, default=-1)
+    if path.is_file() and not news:
+        return _tell(path, record, warn)
+    with reopened(run):
+        made = [p for cb in guests for p in cb.after_evaluate(about)]
+        kept = keep_evaluation(run.evaluations, record | {"files": _digests(run, made)})
+        if news:
+            with EventLog(run, len(attempts_of(run))) as log:
+                log.log(about.step, "eval", kept["values"])
+            write_summary(run)
+    warn(f"evaluation {record['id']}: kept in {path.relative_to(run.path)}")
+
+
+def _tell(path: Path, record: dict, warn: Callable) -> None:
+    "Say that an evaluation had been made, and whether it gave the same values"
+    then = read_record(path)
+    found = differing(then, record | {"files": then["files"]})
+    said = f"not the values of {then['made_at_utc']}: {found}; the record stays as it is"
+    warn(f"evaluation {record['id']}: {said if found else 'was made before, with the same values'}")
+
+
+def _digests(run: Run, paths: list[Path]) -> dict[str, str]:
+    "What an evaluation made: path in the run -> SHA-256; the frames and the picture of a set"
+    files = [f for p in paths for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
+    wanted = [f for f in files if f.name != "metadata.json"]  # it holds the moment
+    return {f.relative_to(run.path).as_posix(): sha256(f) for f in wanted}
+
 # %% ../nbs/72_api.ipynb #6e1a515a
 def sample_run(
     path: str | Path,  # A run directory
@@ -191,27 +291,66 @@ def sample_run(
     overrides: tuple[str, ...] = (),  # In the section `sampler`
     device: str | None = None,
     save_predictions: bool = False,  # Store arrays, at most 64, not only a picture
+    warn: Callable[[str], None] = quiet,  # Called with lines a person should see
 ) -> Path:  # The picture, or the stored set, inside the run
-    "Draw a grid of samples"
+    "Draw a grid of samples and leave a record of it"
     if n < 1 or not 0 <= seed < 1 << 32:
         raise ConfigError(f"n={n}, seed={seed}: n must be at least 1 and 0 <= seed < 2**32")
     run = open_run(path)
     model, lab = load_network(run, weights, device)
+    cfg = lab.cfg
     if overrides:
         asked = load(run.config_path, overrides=overrides).cfg
-        _only(("sampler",), lab.cfg, asked)
+        _only(("sampler",), cfg, asked)
         lab = build(asked, device)
-    images = lab.evaluator.draw(model, n, seed=seed)
-    step, sampler = _weights_step(run, weights), lab.cfg.sampler
-    drawn = f"{weights}{step}_{sampler.name}{sampler.keywords.get('steps', '')}"
-    picture = run.grids / f"sample_{drawn}_seed{seed}_n{n}.png"
-    with reopened(run):
-        save_png(tile(images, ncols=max(1, round(n**0.5))), picture)
-        if not save_predictions:
-            return picture
-        file = run.checkpoints_dir / f"{weights}.safetensors"
-        about = {"step": step, "weights_sha256": sha256(file), "weights": weights, "seed": seed}
-        return store_samples(run, images, {"name": sampler.name} | sampler.keywords, **about)
+    with threads(run.provenance()["determinism"]["num_threads"]):
+        images = lab.evaluator.draw(model, n, seed=seed)
+    step, draw = _weights_step(run, weights), {"n": n, "seed": seed}
+    decides = decided(lab.cfg, model, step, lab.device, cfg, weights, draw)
+    picture = run.grids / f"sample_{weights}{step}_{_drawn(lab.cfg, decides)}"
+    if save_predictions:
+        decides = decides | {"draw": draw | {"arrays": True}}
+    store = _set(run, lab, images, decides) if save_predictions else lambda: []
+    return _keep_samples(run, decides, picture, png(_grid(images)), store, warn)
+
+# %% ../nbs/72_api.ipynb #8ad6e9c2
+def _drawn(cfg: Config, decides: dict) -> str:
+    "Name a picture by everything that decides it, the last part as a digest"
+    draw, steps = decides["draw"], cfg.sampler.keywords.get("steps", "")
+    short = evaluation_id(decides)[:8]
+    return f"{cfg.sampler.name}{steps}_seed{draw['seed']}_n{draw['n']}_{short}.png"
+
+
+def _grid(images: torch.Tensor) -> torch.Tensor:
+    "Tile samples into about a square"
+    return tile(images, ncols=max(1, round(len(images) ** 0.5)))
+
+
+def _set(run: Run, lab: Lab, images: torch.Tensor, decides: dict) -> Callable[[], list[Path]]:
+    "How to store samples as arrays, once the run is open for it"
+    sampler, weights = lab.cfg.sampler, decides["weights"]
+    file = run.checkpoints_dir / f"{weights['slot']}.safetensors"
+    about = {"step": weights["step"], "weights": weights["slot"], "weights_sha256": sha256(file)}
+    about |= {"sampler": {"name": sampler.name} | sampler.keywords, "seed": decides["draw"]["seed"]}
+    return lambda: [store_samples(run, images, **about)]
+
+# %% ../nbs/72_api.ipynb #204d4b86
+def _keep_samples(
+    run: Run, decides: dict, picture: Path, data: bytes, store: Callable, warn: Callable
+) -> Path:
+    "Write a picture, perhaps a set, and the record; what is there already stays as it is"
+    path = run.evaluations / f"{evaluation_id(decides)}.json"
+    then = read_record(path) if path.is_file() else {"files": {}}
+    if not (then["files"] and all((run.path / f).is_file() for f in then["files"])):
+        with reopened(run):
+            claim(picture, data)
+            made = _digests(run, [picture, *store()])
+            then = keep_evaluation(run.evaluations, new_evaluation("sample", decides, {}, made))
+    name = picture.relative_to(run.path).as_posix()
+    if sha256(picture) != digest(data):
+        warn(f"{name}: was drawn before, with other pixels; it stays as it is")
+    stored = (run.path / f for f in then["files"] if f != name)
+    return next((f.parent for f in stored), picture)
 
 # %% ../nbs/72_api.ipynb #e219eea0
 def fork_run(
@@ -226,12 +365,15 @@ def fork_run(
 ) -> Run:
     "Begin a new run with the newest checkpoint of another"
     parent = open_run(path)
-    config_of(parent)  # or a line that says what was changed in it
+    parents = config_of(parent)  # or a line that says what was changed in it
     loaded = for_training(load(parent.config_path, *sources, overrides=overrides))
+    if loaded.cfg.start != parents.start:
+        raise ConfigError("start: a fork begins with its parent's checkpoint, not with a model")
     lab = build(loaded.cfg, device)
     loop, lineage = _child(parent, lab, reason)
     run = new_run(loaded, lab, run_root or parent.path.parent.parent, lineage=lineage)
-    announce(run)
+    with printed(run, 0):
+        announce(run)
     with EventLog(run, 0) as log:
         loop.run, loop.log = run, log
         save_checkpoint(loop)
@@ -271,14 +413,42 @@ def promote_run(
     weights: str = "last",  # "last" or "best"
     licence: str = "Apache-2.0",
     models: str | Path | None = None,  # Where models live; settings.ini decides otherwise
+    evaluation: str | None = None,  # Whose values the card shows; the run's own when None
 ) -> Model:
     "Copy a run's averaged weights into the models, under a name and a version"
     run, root = open_run(path), Path(models or settings(project_root())["models"])
     _, lab = load_network(run, weights, "cpu")
     about = {"shape": lab.train.shape, "step": _weights_step(run, weights)}
-    return promote(run, name, root, **about, weights=weights, licence=licence)
+    how = {"weights": weights, "licence": licence, "evaluation": evaluation}
+    return promote(run, name, root, **about, **how)
+
+# %% ../nbs/72_api.ipynb #2491b518
+def _opened(
+    address: str,
+    sections: tuple[str, ...],
+    overrides: tuple,
+    device: str | None,
+    models: Any,
+    *more: Any,
+) -> tuple[Model, nn.Module, Lab, Config]:
+    "Find a promoted model; its network, everything its config names, and that config"
+    model = find_model(address, models or settings(project_root())["models"])
+    cfg = load(path := model.path / "config.resolved.yaml").cfg
+    asked = load(path, *more, overrides=overrides).cfg
+    _only(sections, cfg, asked)
+    lab = build(asked, device)
+    shape = tuple(model.card["input_shape"])
+    if lab.train.shape != shape:
+        raise ConfigError(f"{address}: needs data of {shape}; data.name gives {lab.train.shape}")
+    return model, fill(lab.state().model, model.path / "model.safetensors"), lab, cfg
 
 
+def _decided(model: Model, network: nn.Module, lab: Lab, cfg: Config, draw: dict | None) -> dict:
+    "What decides the values of a promoted model"
+    name = f"local://{model.card['name']}@{model.card['version']}"
+    return decided(lab.cfg, network, model.card["step"], lab.device, cfg, name, draw)
+
+# %% ../nbs/72_api.ipynb #405c0f9c
 def sample_model(
     address: str,  # local://NAME[@VERSION]
     n: int = 64,
@@ -290,18 +460,37 @@ def sample_model(
     models: str | Path | None = None,
 ) -> Path:  # The picture
     "Draw a grid of samples from a promoted model"
-    model = find_model(address, models or settings(project_root())["models"])
-    _, height, width = shape = tuple(model.card["input_shape"])
+    model, network, lab, cfg = _opened(address, ("sampler",), overrides, device, models)
+    _, height, width = model.card["input_shape"]
     if size not in (None, (height, width)):
         asked = f"{size[0]}x{size[1]}"
         raise ConfigError(f"{address}: makes images of {height}x{width}, not {asked}")
-    path = model.path / "config.resolved.yaml"
-    asked = load(path, overrides=overrides).cfg
-    _only(("sampler",), load(path).cfg, asked)
-    lab = build(asked, device)
-    if lab.train.shape != shape:
-        raise ConfigError(f"{address}: needs data of {shape}; data.name gives {lab.train.shape}")
-    network = fill(lab.state().model, model.path / "model.safetensors")
     images = lab.evaluator.draw(network, n, seed=seed)
-    name = f"{model.card['name']}-{model.card['version']}_seed{seed}_n{n}.png"
-    return save_png(tile(images, ncols=max(1, round(n**0.5))), Path(out) / name)
+    decides = _decided(model, network, lab, cfg, {"n": n, "seed": seed})
+    name = f"{model.card['name']}-{model.card['version']}_{_drawn(lab.cfg, decides)}"
+    return save_png(_grid(images), Path(out) / name)
+
+# %% ../nbs/72_api.ipynb #70ec4a6b
+def eval_model(
+    address: str,  # local://NAME[@VERSION]
+    config: str | Path | None = None,  # YAML with other eval, sampler or metrics sections
+    overrides: tuple[str, ...] = (),  # "key=value" in the same sections
+    device: str | None = None,
+    models: str | Path | None = None,  # Where models live; settings.ini decides otherwise
+    warn: Callable[[str], None] = quiet,  # Called with lines a person should see
+) -> tuple[Model, dict[str, float]]:
+    "Evaluate a promoted model and leave a record of it"
+    sections, more = ("eval", "sampler", "metrics"), [config] if config else []
+    model, network, lab, cfg = _opened(address, sections, overrides, device, models, *more)
+    values = report(lab.evaluator, network)
+    about = {"name": model.card["name"], "version": model.card["version"]}
+    about["card_sha256"] = sha256(model.path / "card.json")
+    decides = _decided(model, network, lab, cfg, None)
+    record = new_evaluation("eval", decides, values, model=about)
+    path = model.path / "evaluations" / f"{record['id']}.json"
+    if path.is_file():
+        _tell(path, record, warn)
+    else:
+        keep_evaluation(path.parent, record)
+        warn(f"evaluation {record['id']}: kept beside the model")
+    return model, values

@@ -9,6 +9,7 @@ __all__ = ['CALLBACKS', 'LogEvents', 'GradNorm', 'Timing', 'SampleGrid', 'Evalua
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from .config import NonNegativeInt, PositiveInt
 from .objective import snr_bins
 from .registry import Registry
 from .show import save_png, tile
-from .train_loop import Callback, Loop, StepResult
+from .train_loop import Callback, Judged, Loop, StepResult, take_line
 
 # %% ../nbs/51_callbacks.ipynb #22715627
 CALLBACKS = Registry("callback")
@@ -52,8 +53,7 @@ class LogEvents(Callback):
         values = {"train/loss": weighted.sum() / count.sum(), "train/mse": mse.sum() / count.sum()}
         values |= {f"train/mse/bin{i}": m for i, m in enumerate(mse / count) if count[i] > 0}
         values = {k: float(v) for k, v in values.items()} | {"train/lr": result.lr}
-        loop.log.log(result.step, "train", values | loop.scalars)
-        loop.scalars.clear()
+        loop.log.log(result.step, "train", take_line(loop.scalars, values))
         self._sums.zero_()
 
     def state(self) -> dict:
@@ -139,6 +139,11 @@ class SampleGrid(Callback):
                 tile(images, ncols=max(1, round(self.n**0.5))),
                 loop.run.grids / f"step_{result.step:09d}.png",
             )
+
+    def after_evaluate(self, about: Judged) -> list[Path]:
+        images = about.sample(about.network, self.n)
+        picture = about.run.grids / f"eval_{about.id}_n{self.n}.png"
+        return [save_png(tile(images, ncols=max(1, round(self.n**0.5))), picture)]
 
 # %% ../nbs/51_callbacks.ipynb #dc8d9ad8
 @CALLBACKS.register("evaluate")

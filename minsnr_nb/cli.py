@@ -96,10 +96,19 @@ def resume(args: argparse.Namespace) -> int:
 @_verb("eval", _RUN, _OVERRIDES, _WEIGHTS, _DEVICE, _TRUST)
 def evaluate(args: argparse.Namespace) -> int:
     "Evaluate a run's averaged weights: minsnr eval RUN [CONFIG] [key=value …]"
-    from minsnr_nb.api import eval_run
+    from minsnr_nb.api import eval_model, eval_run
 
+    if args.run.startswith("local://"):
+        how = {"overrides": args.overrides, "device": args.device, "warn": _warn}
+        print(json.dumps(eval_model(args.run, args.config, **how)[1], indent=1))
+        return 0
     run, values = eval_run(
-        args.run, args.config, overrides=args.overrides, weights=args.weights, device=args.device
+        args.run,
+        args.config,
+        overrides=args.overrides,
+        weights=args.weights,
+        device=args.device,
+        warn=_warn,
     )
     announce(run)
     print(json.dumps(values, indent=1))
@@ -129,7 +138,7 @@ def sample(args: argparse.Namespace) -> int:
         print(sample_model(args.run, size=size, out=args.out, **how))
     else:
         save = {"save_predictions": args.save_predictions}
-        print(sample_run(args.run, weights=args.weights, **how, **save))
+        print(sample_run(args.run, weights=args.weights, warn=_warn, **how, **save))
     return 0
 
 
@@ -301,12 +310,14 @@ def export(args: argparse.Namespace) -> int:
     _WEIGHTS,
     _word("--licence", default="Apache-2.0", help="of the weights, for the card"),
     _TRUST,
+    _word("--evaluation", metavar="ID", help="whose values the card shows, not the run's own"),
 )
 def promote(args: argparse.Namespace) -> int:
     "Put a run's weights among the models: minsnr promote RUN NAME"
     from minsnr_nb.api import promote_run
 
-    model = promote_run(args.run, args.name, args.weights, args.licence)
+    how = {"licence": args.licence, "evaluation": args.evaluation}
+    model = promote_run(args.run, args.name, args.weights, **how)
     print(f"local://{args.name}@{model.card['version']} {model.path}")
     return 0
 

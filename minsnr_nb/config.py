@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Fraction', 'PositiveInt', 'NonNegativeInt', 'Strict', 'Lane', 'ScheduleLane',
-           'ObjectiveSection', 'OptimSection', 'TrainSection', 'EvalSection', 'Config', 'frozen', 'problems',
+           'ObjectiveSection', 'OptimSection', 'TrainSection', 'EvalSection', 'Config', 'frozen', 'mistakes',
            'cross_problems', 'parse_override', 'Loaded', 'dump', 'config_sha256', 'load_config', 'leaves',
            'config_diff']
 
@@ -12,6 +12,7 @@ __all__ = ['Positive', 'NonNegative', 'Fraction', 'PositiveInt', 'NonNegativeInt
 import hashlib
 import re
 from contextlib import contextmanager
+import operator
 from pathlib import Path
 from typing import Annotated, Any, Callable, ClassVar, Iterable, Literal, Mapping, NamedTuple
 
@@ -99,6 +100,9 @@ def _lanes(*names: str) -> tuple:
     return tuple(Lane(name=n) for n in names)
 
 
+_START = r"^(local://[A-Za-z0-9][A-Za-z0-9_-]{0,63}@[1-9]\d{0,5})?$"  # a promoted model
+
+
 class Config(BaseModel):
     "Everything that decides what a run computes"
 
@@ -106,6 +110,7 @@ class Config(BaseModel):
     project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")] = "default"
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")] = ""
     seed: Annotated[int, Ge(0), Lt(1 << 32)] = 0
+    start: Annotated[str, Field(pattern=_START, exclude_if=operator.not_)] = ""
     data: Lane = Lane(name="digits")
     schedule: ScheduleLane = ScheduleLane()
     objective: ObjectiveSection = ObjectiveSection()
@@ -157,7 +162,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 # %% ../nbs/00_config.ipynb #5f0e19ec
-def problems(
+def mistakes(
     model: type[BaseModel],  # The schema
     data: Any,  # Plain values, lists as tuples
     prefix: tuple = (),  # Key path of `data` within the whole config
@@ -423,7 +428,7 @@ def load_config(
     "Read, merge, resolve and check settings; every mistake is told at once"
     data, where, name, log, home = _compose(sources, overrides)
     plain = frozen(_resolve(data, name))
-    found, code = problems(Config, plain), ()
+    found, code = mistakes(Config, plain), ()
     if own and not any(path[0] == "extensions" for path, _ in found):
         code = own(plain.get("extensions", ()), home)
     if code:

@@ -17,7 +17,7 @@ from typing import Callable, Iterator
 from fastcore.basics import patch
 from pydantic import BaseModel, create_model
 
-from .config import Strict, frozen, problems
+from .config import Strict, frozen, mistakes
 from .errors import ConfigError, nearest
 
 # %% ../nbs/01_registry.ipynb #813f7bb3
@@ -147,7 +147,7 @@ def check(
     if name not in self:
         return keywords, [((*path, "name"), f"no {self.lane} {name!r}" + nearest(name, self))]
     model = keyword_model(self[name])
-    found = problems(model, frozen(keywords), path)
+    found = mistakes(model, frozen(keywords), path)
     return (keywords if found else model.model_validate(frozen(keywords)).model_dump()), found
 
 

@@ -82,7 +82,7 @@ def sample_now(
 ) -> Path:
     "Draw a grid of samples from the averaged network"
     images = loop.sample(loop.state.ema.model, n)
-    picture = loop.run.grids / f"request_step_{loop.state.step:09d}.png"
+    picture = loop.run.grids / f"request_step_{loop.state.step:09d}_n{n}.png"
     return save_png(tile(images, ncols=max(1, round(n**0.5))), picture)
 
 # %% ../nbs/53_requests.ipynb #6ec0125c

@@ -87,7 +87,7 @@ def test_checkpoint_and_sample_while_training(config, whole, tmp_path):
     served = {e["what"]: e["step"] for e in events if e["event"] == "request"}
     assert set(served) == {"checkpoint", "sample"} and before <= min(served.values()) < 300
     assert [p.name for p in run.grids.glob("request_*")] == [
-        f"request_step_{served['sample']:09d}.png"
+        f"request_step_{served['sample']:09d}_n4.png"
     ]
     same = {k: v for k, v in digests(run.path).items() if not k.startswith("request")}
     assert same == digests(whole) and log_lines(run.path) == log_lines(whole)

@@ -72,7 +72,7 @@ def test_a_damaged_run_is_not_sealed_again(copy, capsys):
     picture = next((copy / "artifacts/grids").glob("*.png"))
     picture.write_bytes(picture.read_bytes()[:-1] + b"!")
     assert broken(copy) == [("AB.seal", picture.relative_to(copy).as_posix())]
-    done = typed(capsys, "eval", copy)
+    done = typed(capsys, "eval", copy, "sampler.steps=3")
     assert done.returncode == 1 and picture.name in done.stderr
     assert broken(copy) == [("AB.seal", picture.relative_to(copy).as_posix())]
 
@@ -89,7 +89,7 @@ def test_an_unsealed_complete_run_is_sealed_by_resume(copy, capsys):
 
 def test_stored_predictions_pass_and_any_flip_is_named(copy, capsys):
     done = typed(capsys, "sample", copy, "--n", 4, "--seed", 7, "--save-predictions")
-    folder = copy / "artifacts/predictions/step000000012_ema_ddim4_seed7"
+    (folder,) = (copy / "artifacts/predictions").glob("step000000012_ema_ddim4_seed7_n4_????????")
     assert done.stdout.strip() == str(folder) and broken(copy, "L3") == []
     facts = json.loads((folder / "metadata.json").read_text())
     pointer = json.loads((copy / "ckpts/last/CURRENT.json").read_text())
@@ -155,7 +155,7 @@ def test_promotion_and_sampling_by_name(finished, copy, tmp_path, capsys, monkey
     monkeypatch.setenv("MINSNR_MODELS", str(tmp_path / "models"))
     assert typed(capsys, "promote", finished, "tiny").stdout.startswith("local://tiny@1 ")
     drawn = typed(capsys, "sample", "local://tiny@1", "--n", 4, "--size", "8x8", "--out", tmp_path)
-    assert drawn.returncode == 0 and (tmp_path / "tiny-1_seed0_n4.png").is_file()
+    assert drawn.returncode == 0 and len(list(tmp_path.glob("tiny-1_ddim4_seed0_n4_*.png"))) == 1
     wrong = typed(capsys, "sample", "local://tiny", "--size", 16, "--out", tmp_path)
     assert wrong.returncode == 2 and "8x8, not 16x16" in wrong.stderr
     (copy / "metrics.json").write_text("{}")

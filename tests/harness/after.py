@@ -1,4 +1,4 @@
-"What is done to a finished run, stopped at every operation: eval, sample, fork."
+"What is done to a finished run, stopped at every operation: evaluations, samples, forks."
 
 import errno
 import random
@@ -17,11 +17,20 @@ FAULTS = (dies, half_then_dies, fails_with(errno.ENOSPC))
 FORK = ("train.steps=10", "optim.lr=0.001")
 
 
+OTHER = ("sampler.steps=3", "callbacks=[{name: sample_grid, n: 2}]")  # its own picture, too
+
 VERBS = {
-    "eval": lambda run: api.eval_run(run.path),
+    "eval": lambda run: _own(run),
+    "other": lambda run: api.eval_run(run.path, overrides=OTHER),
     "sample": lambda run: api.sample_run(run.path, n=2, save_predictions=True),
     "fork": lambda run: api.fork_run(run.path, overrides=FORK),
 }
+
+
+def _own(run: Run) -> None:
+    "The run's own evaluation, as if training had left it out: a line of the log, and the summary"
+    with patch.object(api, "read_events", lambda run: []):
+        api.eval_run(run.path)
 
 
 def _copy(run: Run, place: Path) -> Run:
@@ -57,7 +66,7 @@ def afterwards(lab: Lab, most: int | None = None, verbs=tuple(VERBS)) -> tuple[b
     rng, wrong = random.Random(7), []
     with scratch() as root:
         run = lab.whole(root / "whole")
-        _, values = api.eval_run(_copy(run, root / "evaluated").path)
+        _, values = api.eval_run(_copy(run, root / "evaluated").path, overrides=OTHER)
         with patch.object(api, "report", lambda *_: values):  # worked out once
             points, whole = _points(run, root / "counted")
             points = [p for p in points if p[0] in verbs]

@@ -9,6 +9,7 @@ from unittest.mock import patch
 from minsnr_nb import api
 from minsnr_nb.errors import ConfigError
 from minsnr_nb.record.directory import list_runs
+from minsnr_nb.record.evaluations import list_evaluations
 from minsnr_nb.record.state import start_attempt
 
 from .lab import Lab, fork, forked, invalid, scratch, status_of
@@ -97,7 +98,7 @@ def writers(lab: Lab, n: int, rivals: int = 4, each: int = 4) -> tuple[bool, str
                 gate.wait()
                 for seed in range(each):
                     if k % 2:
-                        api.eval_run(run.path)
+                        api.eval_run(run.path, overrides=(f"eval.samples={20 + k * each + seed}",))
                     else:
                         api.sample_run(run.path, n=1, seed=k * each + seed)
 
@@ -106,8 +107,9 @@ def writers(lab: Lab, n: int, rivals: int = 4, each: int = 4) -> tuple[bool, str
             gate.open()
             codes = [status_of(pid) for pid in pids]
             wrong += [*(["a writer failed"] if any(codes) else []), *invalid(run, "L3")][:1]
-            lines = run.metrics_path.read_text().count('"kind": "eval"')
-            wrong += [] if lines == rivals // 2 * each else [f"{lines} evaluations"]
+            made = [r["kind"] for r in list_evaluations(run.evaluations)]
+            made = [made.count(kind) for kind in ("eval", "sample")]
+            wrong += [] if made == [rivals // 2 * each] * 2 else [f"{made} evaluations"]
     return (
         not wrong,
         f"{n} runs, {rivals} writers of {each} each, {len(wrong)} wrong {wrong[:1] or ''}",
