@@ -28,7 +28,6 @@ from minsnr_nb.record.evaluations import (
     evaluation_id,
     keep_evaluation,
     new_evaluation,
-    read_evaluation,
     read_record,
 )
 from .record.events import EventLog, printed, read_events
