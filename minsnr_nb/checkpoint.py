@@ -137,19 +137,20 @@ def save_checkpoint(
     create(staging / "MANIFEST.json", text)
     fence(loop.run, attempt)
     publish(staging, final)
-    entry = {
-        "step": loop.state.step,
-        "dir": name,
-        "manifest_sha256": hashlib.sha256(text).hexdigest(),
-    }
-    old = current(folder)
-    previous = {k: old[k] for k in entry} if old.get("dir") not in (None, name) else None
-    pointer = {"format_version": FORMAT_VERSION, **entry, "previous": previous}
     fence(loop.run, attempt)
-    replace(folder / "CURRENT.json", json.dumps(pointer, indent=1))
+    _announce(folder, loop.state.step, text)
     for stale in generations(folder)[: -(KEEP if slot == "last" else 1)]:
         remove(stale)
     return final
+
+# %% ../nbs/52_checkpoint.ipynb #70fb2d14
+def _announce(folder: Path, step: int, manifest: bytes) -> None:
+    "Move the pointer to the generation with this manifest"
+    name, old = f"step_{step:09d}", current(folder)
+    entry = {"step": step, "dir": name, "manifest_sha256": digest(manifest)}
+    previous = {k: old[k] for k in entry} if old.get("dir") not in (None, name) else None
+    pointer = {"format_version": FORMAT_VERSION, **entry, "previous": previous}
+    replace(folder / "CURRENT.json", json.dumps(pointer, indent=1))
 
 # %% ../nbs/52_checkpoint.ipynb #6ddc1d79
 def restore(
@@ -258,7 +259,7 @@ class Predictions(Callback):
         facts["weights_sha256"] = state_sha256(about.network.state_dict())
         return [store_samples(about.run, about.sample(about.network, self.n), **facts)]
 
-
+# %% ../nbs/52_checkpoint.ipynb #5ae2306d
 def state_sha256(
     tensors: dict[str, Tensor],  # A network's state
 ) -> str:

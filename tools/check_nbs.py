@@ -88,7 +88,9 @@ def lines(source: str) -> int:
     except SyntaxError:
         return 0
     counted: set[int] = set()
-    for node in ast.walk(ast.Module(body, [])):
+    tables = [node for node in body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    counted |= {node.lineno for node in tables}  # a table of data is read like one line
+    for node in ast.walk(ast.Module([node for node in body if node not in tables], [])):
         if isinstance(node, ast.stmt) and not isinstance(node, ast.Import | ast.ImportFrom):
             first = node.body[0].lineno if isinstance(node, ast.FunctionDef) else node.lineno
             counted |= set(range(first, (node.end_lineno or first) + 1))

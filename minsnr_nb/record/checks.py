@@ -95,7 +95,7 @@ def check_run(
     outcomes = [_outcomes(run, id, *known) for id, known in wanted.items()]
     return [c for group in outcomes for c in group]
 
-
+# %% ../../nbs/record/22_checks.ipynb #2c9f4a10
 def contract_report(checks: list[Check]) -> dict[str, bool]:
     "Say for each contract whether every one of its checks passed"
     names = {"A": "A: run layout", "B": "B: runs and artifacts"}
@@ -432,7 +432,7 @@ def seal_digest(
     rest = {k: v for k, v in facts.items() if k != "digest"}
     return durable.digest(json.dumps(rest, sort_keys=True))
 
-
+# %% ../../nbs/record/22_checks.ipynb #107898f4
 @check("AB.seal", "L3", "restore the file from a copy; a seal is evidence, do not renew it by hand")
 def seal_problems(run: Run) -> Iterator[tuple[str, str]]:
     "Name every file that is not as it was sealed"

@@ -88,7 +88,7 @@ def layout_table(
 def _at(relative: str) -> property:
     return property(lambda run: run.path / relative, doc=f"`{relative}`")
 
-
+# %% ../../nbs/record/15_directory.ipynb #b81b04a2
 @dataclass(frozen=True)
 class Run:
     "A run directory and the names of its parts"
@@ -226,7 +226,7 @@ def summarise(
         "source": source | {"sha256": durable.digest(data)},
     }
 
-
+# %% ../../nbs/record/15_directory.ipynb #6af5a83d
 _Empty = {"count": 0, "min": None, "max": None, "last": None, "last_step": None}
 
 

@@ -113,7 +113,7 @@ def differing(
                 return f"{key}: {a.get(key)} then, {b.get(key)} now"
     return None
 
-
+# %% ../../nbs/record/21_evaluations.ipynb #1054e706
 def keep_evaluation(
     folder: Path,  # artifacts/evaluations of a run, evaluations of a model
     record: dict,  # From `new_evaluation`

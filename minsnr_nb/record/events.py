@@ -261,7 +261,7 @@ class _Copied:
             self._keep(self._rest)
         return self._stream
 
-
+# %% ../../nbs/record/18_events.ipynb #28d774c4
 @contextmanager
 def printed(
     run: Run,

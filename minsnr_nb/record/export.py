@@ -134,13 +134,17 @@ def ro_crate(
     crate |= {"conformsTo": {"@id": "https://w3id.org/ro/crate/1.1"}}
     profile = {"@id": _PROFILE, "@type": "CreativeWork", "name": "Process Run Crate"}
     profile |= {"version": "0.5"}
-    listed = [
+    graph = [crate, root, profile, software, action | {"startTime": when}, *_listed(files)]
+    return {"@context": "https://w3id.org/ro/crate/1.1/context", "@graph": graph}
+
+# %% ../../nbs/record/24_export.ipynb #a4579388
+def _listed(files: dict[str, bytes]) -> list[dict]:
+    "Describe every file: its size, its digest and its kind"
+    return [
         {"@id": n, "@type": "File", "contentSize": str(len(d)), "sha256": durable.digest(d)}
         | {"encodingFormat": _MEDIA.get(Path(n).suffix.lower(), "application/octet-stream")}
         for n, d in files.items()
     ]
-    graph = [crate, root, profile, software, action | {"startTime": when}, *listed]
-    return {"@context": "https://w3id.org/ro/crate/1.1/context", "@graph": graph}
 
 # %% ../../nbs/record/24_export.ipynb #c38af862
 def thinned(

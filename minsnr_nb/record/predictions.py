@@ -145,7 +145,7 @@ def save_predictions(
     final = run.predictions / set_name(about, seed, len(images))
     return final if _intact(run, final) else _publish(final, files)
 
-
+# %% ../../nbs/record/20_predictions.ipynb #e65e17ba
 def _intact(run: Run, folder: Path) -> bool:
     "Whether a set is there and is whole"
     try:

@@ -70,7 +70,7 @@ def find_model(
         raise MinsnrError(f"{path}: {problem}")
     return Model(path, card)
 
-
+# %% ../../nbs/record/26_promote.ipynb #c6634010
 def _card_problem(path: Path, card: dict) -> str | None:
     "What is wrong with a model, if anything"
     try:
@@ -112,7 +112,7 @@ def _card(
         "promoted_at_utc": utc_now(),
     }
 
-
+# %% ../../nbs/record/26_promote.ipynb #da5a3f58
 def promote(
     run: Run | str | Path,  # Sealed and sound
     name: str,  # Of the model; an existing one gets its next version
@@ -146,7 +146,7 @@ def promote(
     write_index(root)
     return Model(path, card | {"version": int(path.name)})
 
-
+# %% ../../nbs/record/26_promote.ipynb #62d8a4ca
 def _judged(run: Run, evaluation: str | None, step: int) -> dict:
     "The evaluation of the weights of a step; an empty one when there is none"
     record = read_evaluation(run, evaluation, None if evaluation else step) or {}

@@ -159,7 +159,7 @@ def freeze() -> str:
     named = {(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}
     return "".join(f"{name}=={version}\n" for name, version in sorted(named.items()) if name)
 
-
+# %% ../../nbs/record/17_provenance.ipynb #6f7f88d3
 @cache
 def packages() -> dict[str, str]:
     "Versions of this package, of what it asks for, and of its plug-ins"

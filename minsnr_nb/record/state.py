@@ -145,7 +145,7 @@ def start_attempt(
     beat(run, (resumed_from or {}).get("step", 0), number)
     return number
 
-
+# %% ../../nbs/record/16_state.ipynb #7c1532a2
 def _tidy(run: Run) -> None:
     "Clear what a killed attempt has left: hidden files, a torn line; only the owner may"
     for pattern in (".tmp-*", ".gone-*", ".step_*"):

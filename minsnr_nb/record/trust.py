@@ -84,7 +84,7 @@ def stored_code(
         raise ConfigError(f"{within}/provenance.json: extensions: a file is named twice")
     return files
 
-
+# %% ../../nbs/record/14_trust.ipynb #ed2e4d4b
 def _stored_file(within: Path, facts: dict) -> OwnCode:
     "Read one file that provenance names"
     name, origin = facts["name"], facts["origin"]
@@ -125,7 +125,7 @@ def trusted() -> dict[str, dict]:  # Hash -> names of the files, and since when
         raise ConfigError(f"{file}: is not a list of trusted code; remove it")
     return known["trusted"]
 
-
+# %% ../../nbs/record/14_trust.ipynb #71169df3
 def trust(
     files: Iterable[OwnCode],  # All own code of a run
 ) -> str:  # Its hash
