@@ -28,6 +28,7 @@ from minsnr_nb.record.directory import (
     Run,
     manifest_of,
     summarise,
+    version_problem,
 )
 from .generations import generations, pointer_problem, problems
 from .evaluations import evaluation_problems
@@ -170,6 +171,8 @@ def _provenance(run):
             value = value.get(part) if isinstance(value, dict) else None
         if type(value) is not kind or (kind in (str, list) and not value):
             yield "meta/provenance.json", f"{key}: a non-empty {kind.__name__} is required"
+    if problem := version_problem(run):
+        yield "meta/provenance.json", problem
     if not _UTC.fullmatch(str(stamp.get("created_at_utc"))):
         yield "meta/provenance.json", "created_at_utc: ISO-8601 ending in Z is required"
 
@@ -205,6 +208,8 @@ def is_sealed(run: Run) -> bool:
 @check("B.manifest", "L1", "run_manifest.json is a projection of meta/provenance.json")
 def _manifest(run):
     have = read_json(run.path / "run_manifest.json")
+    if (found := have.get("schema_version")) != 1:
+        yield "run_manifest.json", f"schema_version {found!r}; this version of minsnr_nb reads 1"
     want = manifest_of(run.provenance(), durable.sha256(run.provenance_path))
     for key in want:
         if have.get(key) != want[key]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUT_VERSION', 'LAYOUT', 'RUN_NAME', 'TERMINAL', 'STATES', 'RESERVED', 'PROJECT', 'Entry', 'layout_table', 'Run',
-           'run_name', 'manifest_of', 'status_record', 'summarise', 'write_summary', 'create_run', 'open_run',
-           'list_runs']
+           'run_name', 'manifest_of', 'status_record', 'summarise', 'write_summary', 'create_run', 'version_problem',
+           'open_run', 'list_runs']
 
 # %% ../../nbs/record/15_directory.ipynb #f84cd40b
 import errno
@@ -24,7 +24,7 @@ from ..errors import ConfigError
 from ..strict_yaml import MAX_BYTES, read_yaml
 from ..guard import read_plain
 from .process import pulse
-from .strict_json import read_json, read_log, to_json, utc_now
+from .strict_json import json_or_none, read_json, read_log, to_json, utc_now
 
 # %% ../../nbs/record/15_directory.ipynb #9e815409
 class Entry(NamedTuple):
@@ -336,6 +336,16 @@ def _sweep(home: Path, older_s: float = 86_400.0) -> None:
                 durable.remove(staging)
 
 # %% ../../nbs/record/15_directory.ipynb #b65ee4d6
+def version_problem(
+    run: Run,
+) -> str | None:  # What this version of the package cannot read, if anything
+    "Say when a run was laid out by a later version"
+    found = (json_or_none(run.provenance_path) or {}).get("layout_version", LAYOUT_VERSION)
+    if type(found) is int and found > LAYOUT_VERSION:
+        return f"layout_version {found}; this version of minsnr_nb reads up to {LAYOUT_VERSION}"
+    return None
+
+
 def open_run(
     path: str | Path,  # A run directory
 ) -> Run:
@@ -344,7 +354,10 @@ def open_run(
     if not path.is_dir():
         raise ConfigError(f"{path}: no such directory; `minsnr runs` lists the runs")
     if (path / "meta" / "provenance.json").is_file():
-        return Run(path.resolve())
+        run = Run(path.resolve())
+        if problem := version_problem(run):
+            raise ConfigError(f"{path}: {problem}")
+        return run
     inner = sorted(p.name for p in path.iterdir() if RUN_NAME.fullmatch(p.name))
     hint = f"; it holds runs, the newest is {inner[-1]}" if inner else ""
     raise ConfigError(f"{path}: not a run directory (meta/provenance.json is missing){hint}")

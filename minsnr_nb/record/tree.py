@@ -18,7 +18,8 @@ from ..strict_yaml import read_yaml
 from .export import redact, refuse_unsafe
 from ..guard import pickle_problem
 from ..guard import places_in, read_plain
-from .strict_json import read_json, read_log
+from .predictions import CONTRACT_VERSION, MAX_SET
+from .strict_json import read_json, read_log, to_json
 from .directory import RUN_NAME, Run, open_run
 from .checks import check_run, files_of
 
@@ -28,7 +29,7 @@ FOLDERS = ("artifacts/predictions/", "artifacts/checkpoints/", "logs/")
 _ALLOWED = re.compile(
     r"requirements\.lock|git\.patch|logs/(metrics|events)\.jsonl"
     r"|artifacts/checkpoints/(last|best)\.safetensors"
-    r"|artifacts/predictions/[^/]+/(frame_[^/]+\.npz|metadata\.json)"
+    r"|artifacts/predictions/(frame_\d{4,}\.npz|metadata\.json)"
 )
 
 
@@ -42,6 +43,28 @@ def _documents(run: Run) -> Iterator[tuple[str, bytes]]:
             yield name, "".join(f"{line}\n" for line in lines).encode()
         elif name in REQUIRED or _ALLOWED.fullmatch(name):
             yield name, path.read_bytes()
+    yield from _frames(run)
+
+# %% ../../nbs/record/25_tree.ipynb #06a90c02
+def _frames(run: Run) -> Iterator[tuple[str, bytes]]:
+    "The frames of all stored sets, numbered through, and the one metadata.json that lists them"
+    frames, sets, times = {}, {}, []
+    for folder in sorted(p for p in run.predictions.iterdir() if not p.name.startswith(".")):
+        facts = read_json(folder / "metadata.json")
+        sets[folder.name] = facts["intrinsics"]
+        times.append(facts["timestamp"])
+        for own in facts["frame_id"]:
+            name = f"{len(frames):04d}"
+            about = facts.get("frames", {}).get(own, {})
+            frames[name] = about | {"set": folder.name, "frame_id": own}
+            yield (
+                f"artifacts/predictions/frame_{name}.npz",
+                read_plain(folder / f"frame_{own}.npz", MAX_SET),
+            )
+    if frames:
+        facts = {"contract_version": CONTRACT_VERSION, "timestamp": max(times)}
+        facts |= {"frame_id": list(frames), "frames": frames, "intrinsics": sets}
+        yield "artifacts/predictions/metadata.json", to_json(facts).encode()
 
 # %% ../../nbs/record/25_tree.ipynb #f8a37e9f
 def literal_problems(
