@@ -38,7 +38,9 @@ def _codes(value: Any) -> Iterator[CodeType]:
         part = getattr(part, "fget", None) or getattr(part, "__func__", part)
         part = inspect.unwrap(part) if callable(part) else part
         if isinstance(part, FunctionType) and part.__module__ == value.__module__:
-            if linecache.getlines(part.__code__.co_filename):  # dataclass writes some without source
+            if linecache.getlines(
+                part.__code__.co_filename
+            ):  # dataclass writes some without source
                 yield part.__code__
 
 
@@ -66,7 +68,7 @@ def _definition(value: Any, space: dict) -> str:
             continue
         for node in reversed([n for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)]):
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            if all(first <= line <= node.end_lineno for line in lines):
+            if all(first <= line <= (node.end_lineno or first) for line in lines):
                 whole = "\n".join(text.splitlines()[first - 1 : node.end_lineno])
                 return textwrap.dedent(whole)
     raise _Missing("has no source")
@@ -85,7 +87,9 @@ def _names(source: str) -> list[str]:
     def walk(table: symtable.SymbolTable) -> Iterator[str]:
         top = table.get_type() == "module"
         yield from (
-            s.get_name() for s in table.get_symbols() if (top or s.is_global()) and s.is_referenced()
+            s.get_name()
+            for s in table.get_symbols()
+            if (top or s.is_global()) and s.is_referenced()
         )
         for inner in table.get_children():
             yield from walk(inner)
@@ -153,7 +157,7 @@ def _from(module: str, name: str, alias: str) -> str:
 def _parts_used(source: str, name: str, module: ModuleType) -> Iterator[str]:
     "Imports of a package's modules that are used through the package: `torch.nn.functional`"
     for node in ast.walk(ast.parse(source)):
-        parts = []
+        parts: list[str] = []
         while isinstance(node, ast.Attribute):
             parts, node = [node.attr, *parts], node.value
         if isinstance(node, ast.Name) and node.id == name:

@@ -7,6 +7,7 @@ __all__ = ['FORMAT_VERSION', 'KEEP', 'optimizer_tensors', 'load_optimizer', 'sna
            'save_checkpoint', 'restore', 'save_weights', 'Checkpoint', 'store_samples', 'Predictions', 'state_sha256']
 
 # %% ../nbs/52_checkpoint.ipynb #5f8e73eb
+from typing import Any
 import hashlib
 import json
 from datetime import datetime, timezone
@@ -35,7 +36,7 @@ def optimizer_tensors(
     state: TrainState,  # Network and optimiser
 ) -> dict[str, Tensor]:  # "parameter/exp_avg" -> tensor
     "Flatten the optimiser's state, keyed by parameter name"
-    names = {p: name for name, p in state.model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in state.model.named_parameters()}
     moments = state.optimizer.state.items()
     return {f"{names[p]}/{k}": torch.as_tensor(v) for p, kv in moments for k, v in kv.items()}
 
@@ -199,7 +200,7 @@ class Checkpoint(Callback):
     order = 90
 
     def after_step(self, loop: Loop, result: StepResult) -> None:
-        best = bool(loop.state.best) and loop.state.best["step"] == result.step
+        best = (loop.state.best or {}).get("step") == result.step
         due = loop.due(loop.cfg.train.checkpoint_every)
         if not (best or due):
             return
@@ -225,7 +226,8 @@ def store_samples(
     pointer = current(run.path / "ckpts" / weights)
     kept = pointer.get("manifest_sha256") if pointer.get("step") == step else None
     saved = {"step": step, "weights_sha256": weights_sha256, "manifest_sha256": kept}
-    about = intrinsics(tuple(images.shape[1:]), run.config(), sampler, saved, weights)
+    channels, height, width = images.shape[1:]
+    about = intrinsics((channels, height, width), run.config(), sampler, saved, weights)
     pixels = to_uint8(images).permute(0, 2, 3, 1).contiguous().numpy()
     grid = png(tile(images, ncols=max(1, round(len(images) ** 0.5))))
     return save_predictions(run, np.asarray(pixels), about, grid, seed)
@@ -254,7 +256,7 @@ class Predictions(Callback):
             )
 
     def after_evaluate(self, about: Judged) -> list[Path]:
-        facts = {"step": about.step, "weights": about.slot, "seed": about.cfg.seed}
+        facts: dict[str, Any] = {"step": about.step, "weights": about.slot, "seed": about.cfg.seed}
         facts |= {"sampler": {"name": about.cfg.sampler.name} | about.cfg.sampler.keywords}
         facts["weights_sha256"] = state_sha256(about.network.state_dict())
         return [store_samples(about.run, about.sample(about.network, self.n), **facts)]

@@ -51,7 +51,7 @@ def locate(
     if t.is_integer():
         return schedule, int(t)
     left = math.floor(t)
-    log_snr = torch.lerp(*schedule.log_snr[left : left + 2], t - left)[None]
+    log_snr = torch.lerp(schedule.log_snr[left], schedule.log_snr[left + 1], t - left)[None]
     return NoiseSchedule(schedule.name, torch.sigmoid(log_snr), log_snr.exp()), 0
 
 # %% ../nbs/22_diffusion.ipynb #e32c857e

@@ -24,7 +24,7 @@ from minsnr_nb.errors import MinsnrError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "Appender",
@@ -59,7 +59,7 @@ def _doing(verb: str, path):
     try:
         yield
     except OSError as e:
-        code = errno.errorcode.get(e.errno, type(e).__name__)
+        code = errno.errorcode.get(e.errno or 0, type(e).__name__)
         error = DurableError(f"cannot {verb} {path}: {e.strerror or e} ({code})")
         error.errno = e.errno
         raise error from e
@@ -235,12 +235,13 @@ def _lock(fd: int, folder, wait_s: float) -> None:
 
 def make_dir(path) -> list[Path]:
     "Make a directory and its missing parents; the ones that were made, outermost first"
-    path, missing = Path(path), []
+    path = Path(path)
+    missing: list[Path] = []
     for parent in (path, *path.parents):
         if parent.is_dir():
             break
         missing.insert(0, parent)
-    made = []
+    made: list[Path] = []
     try:
         for parent in missing:
             _make_one(parent, made)

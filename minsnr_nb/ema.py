@@ -50,7 +50,8 @@ class EMA:
         step: int,  # Optimiser steps done, >= 1
     ) -> None:
         "Move the average towards the weights; copy the buffers"
-        old, new = list(self.model.parameters()), [p.float() for p in model.parameters()]
+        old: list[Tensor] = list(self.model.parameters())
+        new = [p.float() for p in model.parameters()]
         torch._foreach_lerp_(old, new, 1 - decay_at(step, self.decay, self.warmup))
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)

@@ -6,6 +6,7 @@
 __all__ = ['Evaluator', 'join_results', 'anchor_values', 'report']
 
 # %% ../nbs/62_evaluate.ipynb #f9c39294
+from typing import Any
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -45,8 +46,8 @@ class Evaluator:
         schedule = self.schedule.to(self.device)
         with evaluating(model):
             denoise = denoiser(model, schedule, self.prediction, self.sigma_data)
-            size = {"batch_size": self.cfg.batch_size, "device": self.device}
-            return sample(self.sampler, denoise, schedule, self.train.shape, n, rng, **size)
+            way = (self.sampler, denoise, schedule, self.train.shape, n, rng)
+            return sample(*way, batch_size=self.cfg.batch_size, device=self.device)
 
     @cached_property
     def anchors(self) -> dict[str, float]:
@@ -59,7 +60,7 @@ class Evaluator:
             min(self.cfg.probe_images, len(self.test)), device=self.test.images.device
         )
         images = pixels(self.test, few).to(self.device)
-        size = {"n_bins": self.cfg.probe_bins, "draws": self.cfg.probe_draws}
+        size: dict[str, Any] = {"n_bins": self.cfg.probe_bins, "draws": self.cfg.probe_draws}
         size["sigma_data"] = self.sigma_data
         return probe_loss(
             model, images, self.schedule, self.prediction, stream(self.seed, "probe"), **size
@@ -70,7 +71,8 @@ def join_results(
     results: Iterable[tuple[str, dict[str, float]]],  # Who gives it, and what
 ) -> dict[str, float]:
     "Join the results of several metrics; a name that two of them give is an error"
-    out, owners = {}, {}
+    out: dict[str, float] = {}
+    owners: dict[str, str] = {}
     for who, values in results:
         for key, value in values.items():
             if key in owners:

@@ -18,10 +18,10 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from .errors import MinsnrError
 from .settings import FROM_FILE
@@ -58,7 +58,7 @@ def places_in(
     "Find the values that are absolute paths"
     if isinstance(value, str) and _PLACE.fullmatch(value):
         yield key, value
-    items = value.items() if isinstance(value, dict) else ()
+    items: Iterable = value.items() if isinstance(value, dict) else ()
     items = enumerate(value) if isinstance(value, list | tuple) else items
     for name, inner in items:
         yield from places_in(inner, f"{key}.{name}" if key else str(name))
@@ -213,7 +213,14 @@ def tensor_bytes(
 
 # %% ../nbs/05_guard.ipynb #ff50a674
 _NPY = {1: ("<H", 2), 2: ("<I", 4), 3: ("<I", 4)}  # version: form and size of the length
-_UNREADABLE = (ValueError, SyntaxError, KeyError, TypeError, IndexError, RecursionError)
+_UNREADABLE: tuple[type[Exception], ...] = (
+    ValueError,
+    SyntaxError,
+    KeyError,
+    TypeError,
+    IndexError,
+    RecursionError,
+)
 _UNREADABLE += (MemoryError, struct.error, AttributeError)
 
 
@@ -227,7 +234,7 @@ def _types(descr: Any) -> Iterator[tuple[str, int]]:
             yield code, n * prod(shape[0] if shape and isinstance(shape[0], tuple) else shape)
 
 # %% ../nbs/05_guard.ipynb #9e8942f5
-def _npy_problem(f: BinaryIO, size: int) -> str | None:
+def _npy_problem(f: IO[bytes], size: int) -> str | None:
     "What is wrong with a .npy file of `size` bytes, judged by its header"
     try:
         start = f.read(8)
@@ -315,12 +322,12 @@ def is_pickle(
     try:
         for op, arg, at in pickletools.genops(data):
             if op.name in ("GLOBAL", "INST") and not re.fullmatch(
-                r"[A-Za-z_][\w.]* [A-Za-z_][\w.]*", arg
+                r"[A-Za-z_][\w.]* [A-Za-z_][\w.]*", str(arg)
             ):
                 return False
             seen.add(op.name)
             if op.name == "STOP":
-                last = not data[at + 1 :].strip()
+                last = not data[(at or 0) + 1 :].strip()
     except Exception:  # not instructions: whatever the reader of the standard library says
         return bool(seen & _FETCH and seen & _CALL)
     return bool(seen & _FETCH and (seen & _CALL or last))

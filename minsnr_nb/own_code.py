@@ -56,7 +56,9 @@ def _here(name: str, source: Path | None) -> OwnCode:
         raise ConfigError(f"extensions: {name!r}: a file of code is named like my_loss.py")
     data = read_plain(path, MAX_CODE)
     if problem := secret_problem(data):
-        raise ConfigError(f"extensions: {path.name}: holds {problem}; it would be kept in every run")
+        raise ConfigError(
+            f"extensions: {path.name}: holds {problem}; it would be kept in every run"
+        )
     _refuse_beside(data, path.name, path.parent)
     return OwnCode(path.name, data, "file")
 
@@ -111,7 +113,7 @@ def _refuse_beside(data: bytes, name: str, folder: Path) -> None:
         if isinstance(node, ast.ImportFrom) and node.level:
             raise ConfigError(f"extensions: {name}:{node.lineno}: a relative import leads nowhere")
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         found |= {(n.split(".")[0], node.lineno) for n in names}
     known = sys.stdlib_module_names | {"minsnr_nb"}
     for top, line in sorted(found):
@@ -263,14 +265,15 @@ def _prove(file: OwnCode, cells: list[tuple[Registry, str, Any]], lanes: Lanes) 
         found = _entries(file, lanes)
     except ConfigError as e:
         said = str(e).removeprefix("extensions: ")
-        raise ConfigError(f"the cells of this notebook do not work by themselves: {said}; {CURE}") from None
+        raise ConfigError(
+            f"the cells of this notebook do not work by themselves: {said}; {CURE}"
+        ) from None
     copies = {(lane.lane, name): entry for lane, name, (entry, _) in found}
     for lane, name, entry in cells:
         copy = copies.get((lane.lane, name))
         if copy is None or _shape(copy) != _shape(entry):
             raise ConfigError(
-                f"{lane.lane} {name!r} of this notebook is another one when it stands alone;"
-                f" {CURE}"
+                f"{lane.lane} {name!r} of this notebook is another one when it stands alone; {CURE}"
             )
 
 

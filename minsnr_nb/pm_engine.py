@@ -171,7 +171,8 @@ def _raise_expected(nb) -> None:
         for out in cell.get("outputs", []):
             if out.get("output_type") == "error" and out.ename in EXPECTED:
                 error = click.ClickException(out.evalue)
-                error.exit_code = getattr(errors, out.ename, errors.MinsnrError).exit_code
+                code = getattr(errors, out.ename, errors.MinsnrError).exit_code
+                error.exit_code = code  # type: ignore[misc]
                 raise error
 
 

@@ -12,7 +12,7 @@ import sys
 from contextlib import redirect_stdout
 from functools import cache, lru_cache, partial
 from importlib.metadata import entry_points
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 from fastcore.basics import patch
 from pydantic import BaseModel, create_model
@@ -27,7 +27,7 @@ def keyword_model(
 ) -> type[BaseModel]:  # Strict model of its keyword-only parameters
     "Turn the keyword-only parameters of `entry` into a schema"
     params = inspect.signature(entry, eval_str=True).parameters.values()
-    keys = {
+    keys: dict[str, Any] = {
         p.name: (p.annotation, ... if p.default is p.empty else p.default)
         for p in params
         if p.kind is p.KEYWORD_ONLY
@@ -44,8 +44,11 @@ class Registry:
         self,
         lane: str,  # What one entry is called in messages, for example "weighting"
     ):
-        self.lane, self._entries, self._homes = lane, {}, {}
-        self._own, self._own_homes = {}, {}  # while a config that names them is read or built
+        self.lane = lane
+        self._entries: dict[str, Callable] = {}
+        self._homes: dict = {}
+        self._own: dict[str, Callable] = {}
+        self._own_homes: dict = {}  # while a config that names them is read or built
 
     def __getitem__(self, name: str) -> Callable:
         if name not in self:

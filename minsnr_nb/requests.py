@@ -6,6 +6,7 @@
 __all__ = ['REQUESTS', 'YOUNG_NS', 'ask', 'Mailbox', 'save_now', 'sample_now', 'Stopped', 'Requests', 'catching']
 
 # %% ../nbs/53_requests.ipynb #84ef5d3e
+from typing import Any
 import os
 import signal
 import threading
@@ -155,7 +156,7 @@ def catching(
     *signums: int,  # SIGTERM when none are given
 ) -> Iterator[None]:
     "Turn signals into an orderly stop, in the main thread"
-    before: dict[int, object] = {}
+    before: dict[int, Any] = {}
 
     def note(signum, frame):
         service.signum = signum

@@ -104,7 +104,7 @@ def walk(
         x0_hat = denoise(x, t)
         x = on_x0 * (x0_hat.clamp(-1, 1) if clip else x0_hat) + on_x_t * x
         if sigma > 0:
-            z = rng.normal(len(x), tuple(x.shape[1:]), step=1 + t)  # 0 is the initial noise
+            z = rng.normal(len(x), tuple(x.shape[1:]), step=1 + t)  # type: ignore[union-attr]  # 0 is the initial noise
             x = x + sigma * z.to(x)
         yield x
 
@@ -252,7 +252,7 @@ def stirrer(
             return x, here
         (there,) = by_sigma(schedule, raised)
         fresh = spread * math.sqrt(there.sigma**2 - here.sigma**2)
-        z = rng.normal(len(x), tuple(x.shape[1:]), step=1 + step)  # 0 is the initial noise
+        z = rng.normal(len(x), tuple(x.shape[1:]), step=1 + step)  # type: ignore[union-attr]  # 0 is the initial noise
         return there.signal * (x / here.signal + fresh * z.to(x)), there
 
     return stir
@@ -363,7 +363,9 @@ def dpmpp_2m(
     clip: bool = False,  # Clip x0_hat to [-1, 1]
 ) -> Iterator[Tensor]:
     "Extrapolates the last two answers, one evaluation a step (DPM-Solver++ 2M, Lu et al. 2022)"
-    x, last, h_last = x_T, None, math.inf
+    x: Tensor = x_T
+    last: Tensor | None = None
+    h_last = math.inf
     for here, there in pairwise(
         [*places(schedule, steps, spacing, rho, sigma_min, sigma_max), CLEAN]
     ):
@@ -371,7 +373,7 @@ def dpmpp_2m(
         x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
         h = log_ratio(here, there)
         ahead = 0.0 if last is None or h == math.inf else h / (2 * h_last)
-        middle = x0_hat if ahead == 0 else x0_hat + ahead * (x0_hat - last)
+        middle = x0_hat if last is None or ahead == 0 else x0_hat + ahead * (x0_hat - last)
         x, last, h_last = move(x, middle, here, there), x0_hat, h
         yield x
 

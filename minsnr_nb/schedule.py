@@ -28,7 +28,7 @@ class NoiseSchedule:
 
     name: str  # What to call it on a page
     alphas_cumprod: Tensor  # Share of signal variance kept, (T,), float64, in [0, 1]
-    snr: Tensor | None = None  # Signal-to-noise ratio, (T,), float64, falling; derived when absent
+    snr: Tensor = None  # type: ignore[assignment]  # Signal-to-noise ratio, (T,), float64, falling; derived when absent
     curve: Callable[[Tensor], Tensor] | None = (
         None  # log SNR over u in [0, 1], if there is a formula
     )

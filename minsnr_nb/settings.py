@@ -10,6 +10,7 @@ import configparser
 import io
 import os
 import re
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def project_root(
     return start
 
 # %% ../nbs/04_settings.ipynb #cef5094d
-SETTINGS = {"runs": Path("runs"), "data": Path("data"), "models": Path("models")}
+SETTINGS: dict[str, Any] = {"runs": Path("runs"), "data": Path("data"), "models": Path("models")}
 SETTINGS |= {"device": "auto", "threads": 0}
 
 
@@ -74,7 +75,7 @@ FROM_FILE = "MINSNR_ENV_NAMES"  # the variables that `.env` gave, for the proces
 
 def load_env(
     path: str | Path,  # A .env file; may be absent
-    environ: dict[str, str] = os.environ,  # Changed in place
+    environ: MutableMapping[str, str] = os.environ,  # Changed in place
 ) -> list[str]:  # Names that were set
     "Take variables from a .env file"
     from dotenv import dotenv_values
@@ -85,6 +86,6 @@ def load_env(
         text = f.read(1 << 16).decode("utf-8", "replace")
     found = dotenv_values(stream=io.StringIO(text), interpolate=False)
     new = {k: v for k, v in found.items() if v and "\0" not in v and k not in environ}
-    environ |= new
+    environ.update(new)
     environ[FROM_FILE] = " ".join(sorted({*environ.get(FROM_FILE, "").split(), *new}))
     return sorted(new)

@@ -31,7 +31,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 DPI = 80  # dots per inch of every figure
 WIDTH, HEIGHT = 6.0, 3.0  # the largest figure, in inches
 
-LOOK = {
+LOOK: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -91,8 +91,9 @@ def png(
     "Encode a figure or an array of pixels"
     from PIL import Image
 
-    drawn = hasattr(picture, "savefig")
-    image = Image.fromarray(np.ascontiguousarray(_flatten(picture)) if drawn else picture)
+    drawn = not isinstance(picture, np.ndarray)
+    pixels = picture if isinstance(picture, np.ndarray) else _flatten(picture)
+    image = Image.fromarray(np.ascontiguousarray(pixels))
     if drawn and image.getcolors(LINE_ART):
         image = image.quantize(256, dither=Image.Dither.NONE)
     buffer = BytesIO()

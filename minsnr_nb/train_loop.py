@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Config, OptimSection
-from .errors import MinsnrError
+from .errors import ConfigError, MinsnrError
 from .data import ImageSet, flips, order, pixels
 from .ema import EMA
 from .objective import Objective
@@ -27,7 +27,7 @@ from .seeds import stream, torch_seed
 class Batch(NamedTuple):
     "Everything random about one step"
 
-    index: Tensor  # Images drawn, (B,), int64, on the CPU
+    index: Tensor  # type: ignore[assignment]  # Images drawn, (B,), int64, on the CPU
     x0: Tensor  # Clean images, (B, C, H, W), in [-1, 1]
     t: Tensor  # Timesteps, (B,), int64
     eps: Tensor  # Standard normal noise, like `x0`
@@ -48,8 +48,8 @@ def draw_batch(
     x0 = pixels(images, index.to(images.images.device))
     if cfg.train.flip:
         x0 = flips(x0, first, stream(cfg.seed, "flip"))
-    move = {"device": device, "non_blocking": True}
-    return Batch(index, x0.to(**move), t.to(**move), eps.to(**move))
+    move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
+    return Batch(index, move(x0), move(t), move(eps))
 
 # %% ../nbs/50_train_loop.ipynb #4531ab60
 @dataclass
@@ -190,7 +190,7 @@ class Scalars(dict):
     def __setitem__(self, name: str, value: float) -> None:
         self.update({name: value})
 
-    def __ior__(self, other: Any) -> "Scalars":
+    def __ior__(self, other: Any) -> "Scalars":  # type: ignore[misc, override]
         self.update(other)
         return self
 
@@ -215,6 +215,11 @@ def guard_line(
         scalars.claim(values)
 
 # %% ../nbs/50_train_loop.ipynb #03928233
+def _nothing(*_: Any) -> Any:
+    "Stand in for a sampler or an evaluation that this loop was not given"
+    raise ConfigError("this loop was made without a sampler and an evaluation")
+
+
 @dataclass
 class Loop:
     "One training run in this process"
@@ -228,8 +233,8 @@ class Loop:
     run: Any = None  # Run directory, if there is one
     log: Any = None  # Its event log
     scalars: Scalars = field(default_factory=Scalars)  # For the next line of the log
-    sample: Callable[[nn.Module, int], Tensor] | None = None  # (network, n) -> images
-    evaluate: Callable[[TrainState], dict[str, float]] | None = None
+    sample: Callable[[nn.Module, int], Tensor] = _nothing  # (network, n) -> images
+    evaluate: Callable[[TrainState], dict[str, float]] = _nothing
     stop: bool = False  # A callback may ask for an early, orderly end
 
     @property
@@ -265,7 +270,8 @@ def check_finite(
 # %% ../nbs/50_train_loop.ipynb #2fe22740
 def _asking(loop: "Loop") -> Callable[..., None]:
     "How to call one hook of every callback, in their order"
-    callbacks, names = sorted(loop.callbacks, key=lambda cb: cb.order), []
+    callbacks = sorted(loop.callbacks, key=lambda cb: cb.order)
+    names: list[str] = []
     for cb in callbacks:
         same = sum(type(cb) is type(other) for other in callbacks[: len(names)])
         names.append(type(cb).__name__ + (f" ({same + 1})" if same else ""))

@@ -21,6 +21,12 @@ from .seeds import stream
 class Uncertainty(nn.Module):
     "A curve u over the noise levels that learns the logarithm of the loss"
 
+    features: Tensor  # Value of each function at each level, (T, K)
+    weight: Tensor  # Of each function, (K,)
+    mean: Tensor  # Of the gradient, (K,)
+    square: Tensor  # Mean of its square, (K,)
+    steps: Tensor  # Steps done
+    u: Tensor  # The curve, (T,)
     BETAS = 0.9, 0.99  # Of Adam
 
     def __init__(

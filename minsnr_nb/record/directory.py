@@ -210,7 +210,8 @@ def summarise(
     "Compute the summary of the numbers in a log"
     size = durable.whole_lines(run.metrics_path) if size is None else size
     data = run.metrics_path.read_bytes()[:size]
-    numbers, last_step = {}, None
+    numbers: dict[str, dict] = {}
+    last_step = None
     for record in read_log(run.metrics_path, size):
         last_step = max(last_step or 0, record["step"])
         for name, value in record.items():

@@ -71,12 +71,12 @@ def as_number(
 
 def _finite(values: dict[str, Any]) -> tuple[dict, dict]:
     "Split values into JSON numbers and notes on those that are not finite"
-    numbers, odd = {}, {}
+    numbers: dict[str, int | float | None] = {}
+    odd: dict[str, str] = {}
     for name, value in values.items():
-        number = as_number(value)
+        numbers[name] = number = as_number(value)
         if not math.isfinite(number):
-            odd[name], number = str(float(number)), None
-        numbers[name] = number
+            odd[name], numbers[name] = str(float(number)), None
     return numbers, odd
 
 # %% ../../nbs/record/18_events.ipynb #f32726ca

@@ -122,15 +122,27 @@ def ro_crate(
     inputs = [{"@id": name} for name in files if name.startswith("config")]
     results = [{"@id": name} for name in files if not name.startswith("config")]
     when, name = stamp["created_at_utc"], stamp["run_id"]
-    software = {"@id": "#minsnr_nb", "@type": "SoftwareApplication", "name": "minsnr_nb"}
+    software: dict[str, Any] = {
+        "@id": "#minsnr_nb",
+        "@type": "SoftwareApplication",
+        "name": "minsnr_nb",
+    }
     software |= {"softwareVersion": stamp.get("source", {}).get("version", "unknown")}
-    action = {"@id": "#run", "@type": "CreateAction", "name": " ".join(stamp["command"]["argv"])}
+    action: dict[str, Any] = {
+        "@id": "#run",
+        "@type": "CreateAction",
+        "name": " ".join(stamp["command"]["argv"]),
+    }
     action |= {"instrument": {"@id": "#minsnr_nb"}, "object": inputs, "result": results}
-    root = {"@id": "./", "@type": "Dataset", "name": f"{stamp['project']}/{name}"}
+    root: dict[str, Any] = {"@id": "./", "@type": "Dataset", "name": f"{stamp['project']}/{name}"}
     root |= {"description": "A training run of a diffusion model", "datePublished": when}
     root |= {"conformsTo": {"@id": _PROFILE}, "hasPart": inputs + results}
     root |= {"mentions": {"@id": "#run"}, "license": "see the project that made the run"}
-    crate = {"@id": "ro-crate-metadata.json", "@type": "CreativeWork", "about": {"@id": "./"}}
+    crate: dict[str, Any] = {
+        "@id": "ro-crate-metadata.json",
+        "@type": "CreativeWork",
+        "about": {"@id": "./"},
+    }
     crate |= {"conformsTo": {"@id": "https://w3id.org/ro/crate/1.1"}}
     profile = {"@id": _PROFILE, "@type": "CreativeWork", "name": "Process Run Crate"}
     profile |= {"version": "0.5"}

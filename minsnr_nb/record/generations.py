@@ -34,7 +34,12 @@ def current(
     return pointer if re.fullmatch(r"step_\d{9,}", str(pointer.get("dir"))) else {}
 
 # %% ../../nbs/record/19_generations.ipynb #f5506bff
-FILES = ("model.safetensors", "ema.safetensors", "optim.safetensors", "density.safetensors")
+FILES: tuple[str, ...] = (
+    "model.safetensors",
+    "ema.safetensors",
+    "optim.safetensors",
+    "density.safetensors",
+)
 FILES += ("state.json",)  # in every checkpoint
 
 
@@ -89,7 +94,8 @@ def find_checkpoint(
     slot: str = "last",  # ckpts/last or ckpts/best
 ) -> tuple[Found | None, list[str]]:  # The newest intact one, and what is wrong with newer ones
     "Follow the pointer, falling back to the generation before"
-    home, wrong = run.path / "ckpts" / slot, []
+    home = run.path / "ckpts" / slot
+    wrong: list[str] = []
     pointer = current(home)
     known = [e for e in (pointer, pointer.get("previous")) if isinstance(e, dict) and "dir" in e]
     digests = {e["dir"]: e.get("manifest_sha256") for e in known}

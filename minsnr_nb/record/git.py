@@ -100,13 +100,13 @@ def git_state(
     root: Path,  # Somewhere inside a work tree, or not
 ) -> tuple[dict, bytes | None]:  # The `git` part of provenance, and the patch
     "Say which commit is checked out and what differs from it"
-    top = _git(root, "rev-parse", "--show-toplevel")
-    status = top and _git(root, "status", "--porcelain=v2", "--branch", "-z")
-    if not status:
+    place = _git(root, "rev-parse", "--show-toplevel")
+    status = place and _git(root, "status", "--porcelain=v2", "--branch", "-z")
+    if not place or not status:
         nothing = {"available": False, "repo_sha": "nogit", "is_dirty": False, "branch": None}
         return nothing | {"remote": None, "counts": None, "patch": None, "untracked": []}, None
     state = {"available": True} | _parse_status(status)
-    top = Path(os.fsdecode(top).rstrip("\n"))
+    top = Path(os.fsdecode(place).rstrip("\n"))
     state["untracked"] = _untracked(top, state["untracked"]) if state["is_dirty"] else []
     remote = (_git(root, "remote", "get-url", "origin") or b"").decode().strip()
     state["remote"] = without_place(without_credentials(remote)) or None

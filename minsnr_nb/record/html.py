@@ -64,7 +64,7 @@ def png_tag(
     alt: str = "",  # What the picture shows
 ) -> Markup:  # Empty when it is no PNG
     "Embed a picture"
-    if not (data or b"").startswith(PNG):
+    if not data or not data.startswith(PNG):
         return Markup("")
     tag = '<img alt="{{ alt }}" src="data:image/png;base64,{{ data }}">'
     return markup(tag, alt=alt, data=base64.b64encode(data).decode())

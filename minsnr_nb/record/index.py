@@ -125,7 +125,8 @@ def _open(root: Path) -> sqlite3.Connection:
         except sqlite3.OperationalError:
             break  # read-only, or busy for longer than we wait
         except sqlite3.DatabaseError:
-            db.close()
+            if db is not None:
+                db.close()
             durable.remove(path)
     db = sqlite3.connect(":memory:")
     db.execute(_TABLE)
@@ -201,7 +202,7 @@ def run_rows(
     with closing(_open(root)) as db:
         refresh(root, db)
         found = db.execute(f"SELECT {fields} FROM runs ORDER BY path").fetchall()
-    rows = [_row(root, *record, extra) for record in found]
+    rows = [_row(root, record, extra) for record in found]
     rows = [r for r in rows if all(_holds(r[1].get(k), op, v) for k, op, v in tests)]
     if sort:
         key = sort.lstrip("-")
@@ -211,10 +212,11 @@ def run_rows(
     return [row | {k: more[k] for k in columns} for row, more in rows]
 
 # %% ../../nbs/record/27_index.ipynb #df1a8c9b
-def _row(root: Path, path: str, row: str, config: str, final: str, extra) -> tuple[dict, dict]:
+def _row(root: Path, record: tuple[str, str, str, str], extra) -> tuple[dict, dict]:
     "A row as it is shown, and the values that a question needs"
+    path, text, config, final = record
     project, _, run = path.partition("/")
-    row = {"path": f"{root}/{path}", "project": project, "run": run} | json.loads(row)
+    row = {"path": f"{root}/{path}", "project": project, "run": run} | json.loads(text)
     if row["state"] not in (*TERMINAL, "unreadable"):
         with suppress(MinsnrError, OSError, KeyError, TypeError):
             row["state"] = derive_state(Run(root / path))

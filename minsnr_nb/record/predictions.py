@@ -41,7 +41,14 @@ def frame_bytes(
     return buffer.getvalue()
 
 # %% ../../nbs/record/20_predictions.ipynb #6c023b68
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError)
+_UNREADABLE: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    MemoryError,
+    NotImplementedError,
+)
 _UNREADABLE += (RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
@@ -73,7 +80,7 @@ def intrinsics(
 ) -> dict[str, Any]:
     "Describe how images came about"
     channels, height, width = shape
-    about = {"kind": "image-sampler", "camera": None, "channels": channels}
+    about: dict[str, Any] = {"kind": "image-sampler", "camera": None, "channels": channels}
     about |= {"height": height, "width": width, "value_range": [0, 255]}
     about |= {"color": "gray" if channels == 1 else "rgb", "guidance": None, "eta": None}
     about |= {"sampler": sampler["name"], "steps": sampler.get("steps"), "keywords": sampler}
@@ -131,10 +138,16 @@ def save_predictions(
     if not 1 <= len(images) <= MAX_FRAMES:
         raise ConfigError(f"a set holds 1 to {MAX_FRAMES} frames, not {len(images)}")
     ids = [f"{i:06d}" for i in range(len(images))]
-    files = {f"frame_{i}.npz": frame_bytes(x) for i, x in zip(ids, images, strict=True)}
+    files: dict[str, bytes | str] = {
+        f"frame_{i}.npz": frame_bytes(x) for i, x in zip(ids, images, strict=True)
+    }
     if sum(map(len, files.values())) > MAX_SET:
         raise ConfigError(f"a set holds at most {MAX_SET} bytes; store fewer or smaller images")
-    facts = {"contract_version": CONTRACT_VERSION, "timestamp": utc_now(), "frame_id": ids}
+    facts: dict[str, Any] = {
+        "contract_version": CONTRACT_VERSION,
+        "timestamp": utc_now(),
+        "frame_id": ids,
+    }
     facts["frames"] = {
         i: {"seed_key": {"seed": seed, "stream": "sample", "index": int(i)}, "label": None}
         | {"shape": list(x.shape), "dtype": "uint8"}

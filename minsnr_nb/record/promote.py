@@ -161,7 +161,7 @@ def _publish(home: Path, files: dict[str, bytes], card: dict) -> Path:
     "Make the next version visible; a rival who was faster gets the lower number"
     while True:
         number = max(versions(home.parent, home.name), default=0) + 1
-        about = {"card.json": to_json(card | {"version": number})}
+        about = {"card.json": to_json(card | {"version": number}).encode()}
         try:
             return durable.publish_files(home / str(number), files | about)
         except durable.DurableError:

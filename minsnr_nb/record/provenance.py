@@ -167,7 +167,7 @@ def packages() -> dict[str, str]:
         needs = metadata.requires("minsnr_nb") or []
     except metadata.PackageNotFoundError:
         needs = ["torch", "numpy", "safetensors", "omegaconf", "pydantic"]
-    names = ["minsnr_nb", *(re.match(r"[\w.-]+", n)[0] for n in needs if "extra ==" not in n)]
+    names = ["minsnr_nb", *(re.findall(r"^[\w.-]+", n)[0] for n in needs if "extra ==" not in n)]
     plugins = (ep.dist for ep in metadata.entry_points(group="minsnr_nb.plugins") if ep.dist)
     names += sorted({dist.name for dist in plugins})
     have = dict(line.split("==") for line in freeze().split())
@@ -176,7 +176,12 @@ def packages() -> dict[str, str]:
 
 # %% ../../nbs/record/17_provenance.ipynb #6cab77a4
 LOCKS = ("uv.lock", "requirements.lock")
-VARS = ("CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+VARS: tuple[str, ...] = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+)
 VARS += ("PYTHONHASHSEED", "MINSNR_DEVICE", "MINSNR_THREADS")
 
 
@@ -225,7 +230,7 @@ def _gpus(torch: Any) -> list[dict]:
 # %% ../../nbs/record/17_provenance.ipynb #ec1987d4
 def hardware() -> dict:
     "Describe processor, memory and GPUs"
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     on_gpu = torch is not None and torch.cuda.is_available()
     model = _first_match("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor()
     return {

@@ -238,8 +238,8 @@ def rerun(
         code = "import sys; from minsnr_nb.cli import main; sys.exit(main())"
         words = ["train", str(run.config_path), "--run-root", f"{place}/runs", "--device", device]
         command = [_python(run, Path(place), here, tell), "-c", code, *words]
-        kept = {"cwd": tree, "env": _environment(run, tree), "capture_output": True, "text": True}
-        done = subprocess.run(command, **kept)
+        env = _environment(run, tree)
+        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
         where = [x for x in done.stdout.splitlines() if x.startswith("RUN_DIR: ")]
         if done.returncode or not where:
             line = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

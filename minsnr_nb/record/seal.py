@@ -9,6 +9,7 @@ __all__ = ['VALIDATOR_VERSION', 'LEVELS', 'seal', 'unseal', 'reopened', 'audit']
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .. import durable
 from ..errors import ConfigError, MinsnrError
@@ -41,10 +42,18 @@ def seal(
         raise MinsnrError(f"{run.path}: not sealed: {bad[0].id} {bad[0].path}: {bad[0].message}")
     rewind(run, durable.whole_lines(run.metrics_path), len(attempts_of(run)))
     write_summary(run)
-    head = {"schema_version": 1, "generated_at_utc": utc_now(), "algorithm": "sha256"}
+    head: dict[str, Any] = {
+        "schema_version": 1,
+        "generated_at_utc": utc_now(),
+        "algorithm": "sha256",
+    }
     entries = list(inventory(run).values())
     text = to_json(head | {"entries": entries, "excluded": list(EXCLUDED)})
-    facts = {"manifest_sha256": durable.digest(text), "state": state, "sealed_at_utc": utc_now()}
+    facts: dict[str, Any] = {
+        "manifest_sha256": durable.digest(text),
+        "state": state,
+        "sealed_at_utc": utc_now(),
+    }
     facts |= {"validator_version": VALIDATOR_VERSION}
     facts["checks"] = [{"id": c.id, "ok": c.ok} for c in checks]
     facts["digest"] = seal_digest(facts)

@@ -100,7 +100,12 @@ def derive_state(
     return state if alive else "lost"
 
 # %% ../../nbs/record/16_state.ipynb #8fce1e7e
-FROZEN = ("config.yaml", "config.resolved.yaml", "config_resolved.yaml", "run_manifest.json")
+FROZEN: tuple[str, ...] = (
+    "config.yaml",
+    "config.resolved.yaml",
+    "config_resolved.yaml",
+    "run_manifest.json",
+)
 FROZEN += ("meta/provenance.json",)
 
 
@@ -116,9 +121,9 @@ def refuse_owner(
     state = derive_state(run)
     if state in TERMINAL or state == "lost":
         return
-    owner = owner_of(run)
-    if any(owner[k] != v for k, v in this_process().items()):
-        where = f"process {owner['pid']} on {owner['host']}"
+    owner = owner_of(run) or {}
+    if any(owner.get(k) != v for k, v in this_process().items()):
+        where = f"process {owner.get('pid')} on {owner.get('host')}"
         raise ConfigError(f"{run.path}: is {state}, written by {where}; stop that process first")
 
 # %% ../../nbs/record/16_state.ipynb #8ef8a1e3

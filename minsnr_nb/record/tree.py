@@ -48,7 +48,9 @@ def _documents(run: Run) -> Iterator[tuple[str, bytes]]:
 # %% ../../nbs/record/25_tree.ipynb #06a90c02
 def _frames(run: Run) -> Iterator[tuple[str, bytes]]:
     "The frames of all stored sets, numbered through, and the one metadata.json that lists them"
-    frames, sets, times = {}, {}, []
+    frames: dict[str, dict] = {}
+    sets: dict[str, dict] = {}
+    times: list[str] = []
     for folder in sorted(p for p in run.predictions.iterdir() if not p.name.startswith(".")):
         facts = read_json(folder / "metadata.json")
         sets[folder.name] = facts["intrinsics"]
@@ -116,7 +118,7 @@ def write_tree(
     if os.path.lexists(final):
         raise ConfigError(f"{final}: exists already; remove it or choose another place")
     durable.publish_files(final, dict.fromkeys(FOLDERS, b"") | files)
-    if bad := list(literal_problems(final)):
+    if wrong := list(literal_problems(final)):
         durable.remove(final)
-        raise MinsnrError(f"{run.path}: {bad[0][0]}: {bad[0][1]}; no tree was written")
+        raise MinsnrError(f"{run.path}: {wrong[0][0]}: {wrong[0][1]}; no tree was written")
     return final
