@@ -21,6 +21,7 @@ import check_layers  # noqa: E402
 import check_nbs  # noqa: E402
 import check_site  # noqa: E402
 import docs_sync_check  # noqa: E402
+import generate_docs  # noqa: E402
 import hygiene  # noqa: E402
 
 CHECKS = {"layers": check_layers, "nbs": check_nbs, "docs": docs_sync_check, "hygiene": hygiene}
@@ -30,6 +31,10 @@ SITE = {"site": check_site}  # slower than the others
 @pytest.mark.parametrize("name", CHECKS)
 def test_repository(name):
     assert list(CHECKS[name].findings(ROOT)) == []
+
+
+def test_generated_parts_of_the_pages_are_current():
+    assert generate_docs.findings(ROOT, write=False) == []
 
 
 def test_settings_ini_stays_inert():

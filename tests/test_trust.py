@@ -272,3 +272,15 @@ def test_changed_packages_are_taken_from_the_runs_own_lock(finished, capsys, mon
     done = typed(capsys, "repro", finished, "--verify", "--here")
     assert done.stdout.strip() == "identical to step 12" and "another" in done.stderr
     assert len((tmp_path / "words").read_text().splitlines()) == 2
+
+
+def test_checks_find_a_broken_seal_in_a_fresh_process(copy):
+    "Whoever imports the front page of a run has every check; one process more or less must not matter"
+    code = "import sys; from minsnr_nb.run_layout import check_run\n"
+    code += "print([c.id for c in check_run(sys.argv[1]) if not c.ok])"
+    command = [sys.executable, "-c", code, str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    (copy / "artifacts/plots/late.txt").write_text("added after the seal")
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['AB.seal']", done.stdout + done.stderr

@@ -22,6 +22,7 @@ import yaml
 TOP = "nbs minsnr_nb configs tests tools .ci .github".split()  # where a named path must exist
 SPAN = re.compile(r"`([^`\n]+)`")
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.M | re.S)
+TEST = re.compile(r"^def (test_\w+)", re.M)
 SHARED = re.compile(r"<!-- shared: (\w+) -->\n(.*?)<!-- end -->", re.S)
 
 
@@ -292,10 +293,19 @@ def sidebar(root: Path) -> Iterator[str]:
         yield "nbs/_quarto.yml: is not _quarto.yml"
 
 
+def named_tests(root: Path, text: str) -> Iterator[str]:
+    "Tests that a page names and nobody wrote"
+    known = {m for p in (root / "tests").rglob("*.py") for m in TEST.findall(p.read_text("utf-8"))}
+    for name in re.findall(r"`(test_\w+)`", text):
+        if name not in known and not (root / f"tests/{name}.py").exists():
+            yield f"`{name}`: no such test"
+
+
 def findings(root: Path) -> Iterator[str]:
     texts = pages(root)
     for page, text in texts.items():
         found = [*links(root, page, text), *formulas(text)]
+        found += named_tests(root, text) if page == "nbs/docs/problems.qmd" else []
         for snippet in code(text):
             found += [*commands(root, snippet), *paths(root, snippet), *keys(snippet)]
             found += constants(root, snippet)
