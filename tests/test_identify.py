@@ -118,3 +118,29 @@ def test_infinite_and_missing_values_are_told_apart():
     weight[500] = math.nan
     found = identify(weight, schedule, "eps")
     assert (found.left_out, found.best.keywords) == (1, {"form": "fixed_small"})
+
+
+@pytest.mark.parametrize(("size", "tables"), [(3, 20), (4, 10), (6, 10), (12, 5)])
+def test_random_tables_have_no_name(size, tables):
+    schedule, rng = SCHEDULES["linear"](1000), torch.Generator().manual_seed(size)
+    for _ in range(tables):
+        t = torch.randperm(1000, generator=rng)[:size].sort().values
+        found = identify(torch.randn(size, generator=rng).double().exp(), schedule, "eps", t=t)
+        assert found.name == "unknown" and str(found).startswith("unknown"), str(found)
+
+
+@pytest.mark.parametrize("levels", [[600, 700, 900], [200, 500, 700, 900, 950]])
+def test_a_constant_has_the_plain_name(levels):
+    "Below SNR 5 it is Min-SNR-5 as well, which says more than is known"
+    schedule = SCHEDULES["linear"](1000)
+    found = identify([3.0] * len(levels), schedule, "eps", t=levels)
+    assert (found.name, found.distance < SAME) == ("uniform_eps", True)
+
+
+@pytest.mark.parametrize("meant", ["cosine", "scaled_linear", "flow_linear"])
+def test_the_schedule_is_doubted_before_the_weighting(meant):
+    true, said = SCHEDULES[meant](1000), SCHEDULES["linear"](1000)
+    found = identify(loss_weight("min_snr", true.snr, prediction="v", gamma=5.0), said, "v")
+    name, match = found.elsewhere[0]
+    assert (name, match.name, match.keywords["gamma"]) == (meant, "min_snr", pytest.approx(5))
+    assert f"on the {meant} schedule" in str(found)
