@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAME', 'BEYOND', 'MANY', 'FEW_WITHIN', 'MANY_WITHIN', 'WEIGHT_KEYS', 'T_KEYS', 'proportional', 'Family', 'families',
-           'Match', 'left_over', 'candidates', 'believable', 'Identified', 'identify', 'read_weights', 'identify_file']
+           'Match', 'spare_levels', 'candidates', 'believable', 'Identified', 'identify', 'read_weights',
+           'identify_file']
 
 # %% ../../nbs/analysis/11_identify.ipynb #5b243588
 import csv
@@ -171,7 +172,7 @@ def _match(
     return Match(family.name, keywords, factor, off, family.wrong, summary, *said)
 
 # %% ../../nbs/analysis/11_identify.ipynb #0c9f8db4
-def left_over(
+def spare_levels(
     levels: int,  # Levels with a usable weight
     fitted: int = 0,  # Numbers fitted to them, besides the factor
 ) -> int:  # Levels that could have disagreed
@@ -197,7 +198,7 @@ def candidates(
 ) -> Iterator[Match]:
     "Bring every known scheme as near as it gets"
     usable = (values > 0) & values.isfinite()
-    most = min(most, left_over(int(usable.sum())) - 1)
+    most = min(most, spare_levels(int(usable.sum())) - 1)
     log_values = values[usable].log()
 
     def distance(numbers: dict, family: Family) -> float:
@@ -224,7 +225,7 @@ def believable(
     levels: int,  # Levels with a usable weight
 ) -> bool:
     "Tell whether a match is more than chance"
-    left = left_over(levels, match.fitted)
+    left = spare_levels(levels, match.fitted)
     return left >= 2 and match.distance <= (MANY_WITHIN if left >= MANY else FEW_WITHIN)
 
 # %% ../../nbs/analysis/11_identify.ipynb #58472f0d
