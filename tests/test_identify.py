@@ -12,18 +12,26 @@ import torch
 from minsnr_nb.analysis.identify import KNOWN_WRONG, SAME, families, identify
 from minsnr_nb.minsnr_loss import WEIGHTINGS, loss_weight
 from minsnr_nb.schedule import SCHEDULES
-from tests.test_vectors import SCHEDULE_NAMES, VECTORS, entry_of, numbers, schedule_of
+from tests.test_vectors import (
+    DENSITY_ALONE,
+    SCHEDULE_NAMES,
+    VECTORS,
+    entry_of,
+    numbers,
+    schedule_of,
+)
 
 ROWS = [(s, row) for s, vectors in VECTORS["schedules"].items() for row in vectors["weights"]]
 WRONG = {  # name in the vectors -> entry, where they differ
     "DEV_onetrainer_p2_v_g1": "DEV_onetrainer_p2_v",
+    "cosmap_factor_on_u": "DEV_cosmap_without_speed",
 }
 
 
 def formula(schedule_name: str, row: str) -> tuple[str, torch.Tensor]:
     "The entry that a row is about, and its weight on the x0 error for every timestep"
     snr = schedule_of(schedule_name).snr
-    if row.startswith(("BUG_", "DEV_")):
+    if row.startswith(("BUG_", "DEV_")) or row in DENSITY_ALONE:
         name = WRONG.get(row, row.removesuffix("(g5)"))
         return name, KNOWN_WRONG[name](snr)
     name, keywords, scale = entry_of(row)
@@ -41,7 +49,7 @@ def test_every_row_is_named(schedule_name, row):
     assert found.distance < SAME
     names = {found.name: found.best, **{match.name: match for match in found.also}}
     assert name in names, str(found)
-    if not row.startswith(("BUG_", "DEV_")):
+    if not row.startswith(("BUG_", "DEV_")) and row not in DENSITY_ALONE:
         keywords = {k: v for k, v in entry_of(row)[1].items() if isinstance(v, float)}
         said = {k: names[name].keywords[k] for k in keywords}
         assert said == pytest.approx(keywords, rel=1e-4)
@@ -110,3 +118,29 @@ def test_infinite_and_missing_values_are_told_apart():
     weight[500] = math.nan
     found = identify(weight, schedule, "eps")
     assert (found.left_out, found.best.keywords) == (1, {"form": "fixed_small"})
+
+
+@pytest.mark.parametrize(("size", "tables"), [(3, 20), (4, 10), (6, 10), (12, 5)])
+def test_random_tables_have_no_name(size, tables):
+    schedule, rng = SCHEDULES["linear"](1000), torch.Generator().manual_seed(size)
+    for _ in range(tables):
+        t = torch.randperm(1000, generator=rng)[:size].sort().values
+        found = identify(torch.randn(size, generator=rng).double().exp(), schedule, "eps", t=t)
+        assert found.name == "unknown" and str(found).startswith("unknown"), str(found)
+
+
+@pytest.mark.parametrize("levels", [[600, 700, 900], [200, 500, 700, 900, 950]])
+def test_a_constant_has_the_plain_name(levels):
+    "Below SNR 5 it is Min-SNR-5 as well, which says more than is known"
+    schedule = SCHEDULES["linear"](1000)
+    found = identify([3.0] * len(levels), schedule, "eps", t=levels)
+    assert (found.name, found.distance < SAME) == ("uniform_eps", True)
+
+
+@pytest.mark.parametrize("meant", ["cosine", "scaled_linear", "flow_linear"])
+def test_the_schedule_is_doubted_before_the_weighting(meant):
+    true, said = SCHEDULES[meant](1000), SCHEDULES["linear"](1000)
+    found = identify(loss_weight("min_snr", true.snr, prediction="v", gamma=5.0), said, "v")
+    name, match = found.elsewhere[0]
+    assert (name, match.name, match.keywords["gamma"]) == (meant, "min_snr", pytest.approx(5))
+    assert f"on the {meant} schedule" in str(found)

@@ -109,12 +109,10 @@ def test_a_density_as_a_weighting_and_as_draws_is_the_same_objective():
         "laplace": ("eps", "constant", "laplace"),
         "logit_normal": ("u", "constant", "logit_normal"),
         "edm_lognormal": ("F", "constant", "edm_lognormal"),
-        "cosmap": ("u", "constant", None),
+        "cosmap": ("u", "constant", "cosmap"),
     }
     for weighting, (prediction, rest, density) in pairs.items():
         assert contains_density(weighting)
-        if density is None:  # multiplied on, over τ: drawn it belongs to uniform τ, as on the flow
-            schedule, density = SCHEDULES["flow_linear"](1000), "cosmap"
         weighted = effective_weighting(make_objective(schedule, prediction, weighting))
         drawn = make_objective(schedule, prediction, rest, density=make_density(density, schedule))
         ratio = (weighted / effective_weighting(drawn))[1:-1]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..density import Density
-from .exact_lab import Gradients, Source, fit
+from .excess import Source, fit
+from .gradient_noise import Gradients
 from ..objective import Objective, SnrBins
 from ..seeds import Stream
 from ..show import LOOK, figure

@@ -7,7 +7,7 @@ __all__ = ['KNOWN_WRONG', 'taken_for', 'BUG_eps_formula_on_v', 'BUG_v_formula_on
            'BUG_debias_formula_on_v', 'DEV_kohya_debiased_eps_clamp1000', 'DEV_kohya_debiased_v', 'DEV_onetrainer_p2_v',
            'BUG_diffusers_pixart_v', 'BUG_speed_min_snr_eps', 'DEV_aitoolkit_snr_gamma',
            'DEV_lucidrains_pred_v_default', 'BUG_diffusers_dreambooth_sdxl_v', 'DEV_onetrainer_debiased_v',
-           'BUG_official_zero_terminal']
+           'BUG_official_zero_terminal', 'DEV_cosmap_without_speed']
 
 # %% ../../nbs/analysis/10_known_wrong.ipynb #f41865eb
 import math
@@ -17,7 +17,17 @@ from torch import Tensor
 
 from ..config import Positive
 from ..diffusion import Prediction, error_ratio
-from ..minsnr_loss import loss_weight, min_snr, p2, uniform_eps, uniform_x0
+from ..density import log_cosmap
+from minsnr_nb.minsnr_loss import (
+    Snr,
+    Weight,
+    loss_weight,
+    min_snr,
+    p2,
+    uniform_eps,
+    uniform_u,
+    uniform_x0,
+)
 from ..registry import Registry
 
 # %% ../../nbs/analysis/10_known_wrong.ipynb #e4ff70f9
@@ -40,132 +50,129 @@ def taken_for(
 # %% ../../nbs/analysis/10_known_wrong.ipynb #6dace8c7
 @KNOWN_WRONG.register
 def BUG_eps_formula_on_v(
-    snr: Tensor,  # Signal-to-noise ratio, any shape
+    snr: Snr,
     *,
     gamma: Positive = 5.0,  # Of Min-SNR
-) -> Tensor:  # Weight on the x0 error, like `snr`
+) -> Weight:
     "Min-SNR's eps factor min(1, γ/SNR) on a v loss (ai-toolkit, official code with a v model)"
     return taken_for("min_snr", "eps", "v", snr, gamma=gamma)
 
 
 @KNOWN_WRONG.register
 def BUG_v_formula_on_eps(
-    snr: Tensor,  # Signal-to-noise ratio, any shape
+    snr: Snr,
     *,
     gamma: Positive = 5.0,  # Of Min-SNR
-) -> Tensor:  # Weight on the x0 error, like `snr`
+) -> Weight:
     "Min-SNR's v factor min(SNR, γ)/(SNR + 1) on an eps loss (official code accepts it)"
     return taken_for("min_snr", "v", "eps", snr, gamma=gamma)
 
 
 @KNOWN_WRONG.register
 def BUG_eps_formula_on_x0(
-    snr: Tensor,  # Signal-to-noise ratio, any shape
+    snr: Snr,
     *,
     gamma: Positive = 5.0,  # Of Min-SNR
-) -> Tensor:  # Weight on the x0 error, like `snr`
+) -> Weight:
     "Min-SNR's eps factor min(1, γ/SNR) on an x0 loss (diffusers, DreamBooth SDXL LoRA)"
     return taken_for("min_snr", "eps", "x0", snr, gamma=gamma)
 
 # %% ../../nbs/analysis/10_known_wrong.ipynb #b9e75722
 @KNOWN_WRONG.register
-def BUG_debias_formula_on_v(
-    snr: Tensor,  # Signal-to-noise ratio, any shape
-) -> Tensor:  # Weight on the x0 error, like `snr`
+def BUG_debias_formula_on_v(snr: Snr) -> Weight:
     "1/sqrt(SNR) on a v loss: the eps factor (Debias)"
     return taken_for("debiased", "eps", "v", snr)
 
 
 @KNOWN_WRONG.register
-def DEV_kohya_debiased_eps_clamp1000(
-    snr: Tensor,  # Signal-to-noise ratio, any shape
-) -> Tensor:  # Weight on the x0 error, like `snr`
+def DEV_kohya_debiased_eps_clamp1000(snr: Snr) -> Weight:
     "1/sqrt(SNR) on an eps loss, SNR at most 1000 (kohya, OneTrainer)"
     return taken_for("debiased", "eps", "eps", snr, cap=1000)
 
 
 @KNOWN_WRONG.register
-def DEV_kohya_debiased_v(
-    snr: Tensor,  # Signal-to-noise ratio, any shape
-) -> Tensor:  # Weight on the x0 error, like `snr`
+def DEV_kohya_debiased_v(snr: Snr) -> Weight:
     "1/(SNR + 1) on a v loss, SNR at most 1000: plain x0-MSE (kohya)"
     return taken_for("uniform_x0", "v", "v", snr, cap=1000)
 
 
 @KNOWN_WRONG.register
 def DEV_onetrainer_p2_v(
-    snr: Tensor,  # Signal-to-noise ratio, any shape
+    snr: Snr,
     *,
     gamma: Positive = 1.0,  # Exponent of P2
-) -> Tensor:  # Weight on the x0 error, like `snr`
+) -> Weight:
     "(SNR + 2)^-γ on a v loss: the 1 is added twice (OneTrainer)"
     return taken_for("p2", "eps", "v", snr, k=2.0, gamma=gamma)
 
 # %% ../../nbs/analysis/10_known_wrong.ipynb #e6cf9593
 @KNOWN_WRONG.register
 def BUG_diffusers_pixart_v(
-    snr: Tensor,  # Signal-to-noise ratio, any shape
+    snr: Snr,
     *,
     gamma: Positive = 5.0,  # Of Min-SNR
-) -> Tensor:  # Weight on the x0 error, like `snr`
+) -> Weight:
     "min(SNR + 1, γ)/(SNR + 1) on a v loss: x0 weight never below 1 (diffusers, pixart)"
     return min_snr(snr + 1, gamma=gamma)
 
 
 @KNOWN_WRONG.register
 def BUG_speed_min_snr_eps(
-    snr: Tensor,  # Signal-to-noise ratio, any shape
+    snr: Snr,
     *,
     gamma: Positive = 5.0,  # Of Min-SNR
-) -> Tensor:  # Weight on the x0 error, like `snr`
+) -> Weight:
     "γ/(SNR + 1) on an eps loss: the minimum was taken at t = 0 only (SpeeD's baseline)"
     return gamma * p2(snr)
 
 
 @KNOWN_WRONG.register
 def DEV_aitoolkit_snr_gamma(
-    snr: Tensor,  # Signal-to-noise ratio, any shape
+    snr: Snr,
     *,
     gamma: Positive = 5.0,  # Of Min-SNR
-) -> Tensor:  # Weight on the x0 error, like `snr`
+) -> Weight:
     "γ/SNR on an eps loss, not clipped: x0-MSE (ai-toolkit)"
     return gamma * uniform_x0(snr)
 
 
 @KNOWN_WRONG.register
-def DEV_lucidrains_pred_v_default(
-    snr: Tensor,  # Signal-to-noise ratio, any shape
-) -> Tensor:  # Weight on the x0 error, like `snr`
+def DEV_lucidrains_pred_v_default(snr: Snr) -> Weight:
     "SNR/(SNR + 1) on a v loss when no weighting is chosen: eps-MSE (lucidrains)"
     return uniform_eps(snr)
 
 # %% ../../nbs/analysis/10_known_wrong.ipynb #66d37e29
 @KNOWN_WRONG.register
 def BUG_diffusers_dreambooth_sdxl_v(
-    snr: Tensor,  # Signal-to-noise ratio, any shape
+    snr: Snr,
     *,
     gamma: Positive = 5.0,  # Of Min-SNR
-) -> Tensor:  # Weight on the x0 error, like `snr`
+) -> Weight:
     "min(1, γ/SNR) + 1 on a v loss: never clips (diffusers, train_dreambooth_lora_sdxl)"
     factor = loss_weight("min_snr", snr, prediction="eps", gamma=gamma) + 1
     return factor * error_ratio("v", snr)
 
 
 @KNOWN_WRONG.register
-def DEV_onetrainer_debiased_v(
-    snr: Tensor,  # Signal-to-noise ratio, any shape
-) -> Tensor:  # Weight on the x0 error, like `snr`
+def DEV_onetrainer_debiased_v(snr: Snr) -> Weight:
     "1/sqrt(SNR + 1) on a v loss, SNR at most 1000 (OneTrainer)"
     return error_ratio("v", snr) / error_ratio("v", snr.clamp(max=1000)).sqrt()
 
 
 @KNOWN_WRONG.register
 def BUG_official_zero_terminal(
-    snr: Tensor,  # Signal-to-noise ratio, any shape
+    snr: Snr,
     *,
     gamma: Positive = 5.0,  # Of Min-SNR
-) -> Tensor:  # Weight on the x0 error, like `snr`
+) -> Weight:
     "Min-SNR with weight 1 where the SNR is 0: a jump on x0 and v (official code's patch)"
     if not (snr == 0).any():
         return torch.full_like(snr, math.nan)  # without such a level it is Min-SNR itself
     return torch.where(snr == 0, torch.ones_like(snr), min_snr(snr, gamma=gamma))
+
+# %% ../../nbs/analysis/10_known_wrong.ipynb #92762fc2
+@KNOWN_WRONG.register
+def DEV_cosmap_without_speed(snr: Snr) -> Weight:
+    "CosMap's density of τ on a velocity loss, without |dτ/du| (right on flow_linear only)"
+    tau = 1 / (1 + snr.sqrt())
+    return uniform_u(snr) * log_cosmap(tau).exp()

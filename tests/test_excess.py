@@ -3,20 +3,14 @@
 import pytest
 import torch
 
-from minsnr_nb.analysis.exact_lab import (
-    counts,
-    exact_model,
-    excess_loss,
-    optimal_probs,
-    redraw,
-    shares,
-)
+from minsnr_nb.analysis.excess import exact_model, excess_loss
+from minsnr_nb.analysis.gradient_noise import optimal_probs, redraw, shares
 from minsnr_nb.diffusion import PREDICTIONS
 from minsnr_nb.minsnr_loss import WEIGHTINGS
-from minsnr_nb.objective import effective_weighting, make_objective
+from minsnr_nb.objective import counts, effective_weighting, make_objective
 from minsnr_nb.schedule import SCHEDULES, linear, zero_terminal_snr
 from minsnr_nb.seeds import stream
-from minsnr_nb.toy import Empirical, Gaussian, GaussianMixture, min_loss
+from minsnr_nb.toy import Empirical, Gaussian, GaussianMixture, estimate, loss_floor, min_loss
 
 LEVELS = {name: make(40) for name, make in SCHEDULES.items()}
 LEVELS |= {f"{name}, zero": zero_terminal_snr(s) for name, s in LEVELS.items()}
@@ -51,6 +45,23 @@ def test_the_measured_floor_is_the_minimum_loss(source):
     # two independent averages of 4,000 draws; at clean levels both hang on a few rare confusions
     spread = got.se * 2**0.5 + 5e-4
     assert ((got.mean - floor) / spread).abs().max() < 5
+
+
+@pytest.mark.parametrize("source", ["mixture", "empirical"])
+def test_a_drawn_floor_states_its_error(source):
+    "Twenty independent floors scatter as much as each says; and an exact floor says 0"
+    schedule = LEVELS["linear"]
+    floors = [
+        loss_floor(SOURCES[source], schedule, "x0", stream(s, "floor"), draws=400)
+        for s in range(20)
+    ]
+    means, said = (torch.stack(part, 1) for part in zip(*floors, strict=True))
+    noisy = schedule.log_snr < 0  # there the floor does not hang on rare confusions
+    scatter = means.std(1)[noisy] / said.mean(1)[noisy]
+    assert ((scatter > 0.5) & (scatter < 1.7)).all()
+    assert (loss_floor(SOURCES["gaussian"], schedule).se == 0).all()
+    grand, one = estimate(means), floors[0]
+    assert torch.equal(one.minus(grand).se, (one.se**2 + grand.se**2).sqrt())
 
 
 def test_data_are_distinguished_up_to_any_snr():
