@@ -7,7 +7,10 @@ __all__ = ['Batch', 'draw_batch', 'TrainState', 'lr_at', 'make_optimizer', 'Step
            'NonFiniteLoss', 'check_finite', 'train']
 
 # %% ../nbs/50_train_loop.ipynb #52f50ad9
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -126,6 +129,7 @@ class Callback:
     "Watches training; the built-in ones are on the page [callbacks](51_callbacks.ipynb)"
 
     order = 50  # Lower runs earlier within a step
+    takes = "watching"  # What its time is counted as; also used: evaluation, saving
 
     def before_train(self, loop: "Loop") -> None:
         "Runs once, before the first step of this process"
@@ -160,6 +164,7 @@ class Loop:
     sample: Callable[[nn.Module, int], Tensor] | None = None  # (network, n) -> images
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
     stop: bool = False  # A callback may ask for an early, orderly end
+    seconds: Counter = field(default_factory=Counter)  # Spent on data, step, evaluation, …
 
     @property
     def done(self) -> bool:
@@ -169,6 +174,13 @@ class Loop:
     def due(self, every: int) -> bool:
         "Whether something that happens each `every` steps, and at the end, happens now"
         return self.state.step % every == 0 or self.done
+
+    @contextmanager
+    def spending(self, what: str) -> Iterator[None]:
+        "Count the time of a block under a name"
+        since = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - since
 
 # %% ../nbs/50_train_loop.ipynb #a6ec87d2
 class NonFiniteLoss(MinsnrError):
@@ -203,14 +215,17 @@ def train(
         for cb in callbacks:
             cb.before_train(loop)
         while not (loop.done or loop.stop):
-            batch = draw_batch(state.step, loop.images, loop.objective, cfg, loop.device)
-            result = train_step(state, loop.objective, batch, cfg)
-            pending.append(result)
-            looks = loop.device.type == "cpu" or loop.due(cfg.train.log_every)
-            if looks or loop.due(cfg.train.checkpoint_every):
-                check_finite(pending)
+            with loop.spending("data"):
+                batch = draw_batch(state.step, loop.images, loop.objective, cfg, loop.device)
+            with loop.spending("step"):
+                result = train_step(state, loop.objective, batch, cfg)
+                pending.append(result)
+                looks = loop.device.type == "cpu" or loop.due(cfg.train.log_every)
+                if looks or loop.due(cfg.train.checkpoint_every):
+                    check_finite(pending)
             for cb in callbacks:
-                cb.after_step(loop, result)
+                with loop.spending(cb.takes):
+                    cb.after_step(loop, result)
         for cb in callbacks:
             cb.after_train(loop)
     return state
