@@ -198,6 +198,7 @@ class Checkpoint(Callback):
     "Save the whole state every train.checkpoint_every steps, at the end, and at a new best"
 
     order = 90
+    takes = "saving"
 
     def after_step(self, loop: Loop, result: StepResult) -> None:
         best = (loop.state.best or {}).get("step") == result.step
@@ -238,6 +239,7 @@ class Predictions(Callback):
     "Store samples into artifacts/predictions"
 
     order = 92
+    takes = "saving"
 
     def __init__(self, *, every: NonNegativeInt = 0, n: PositiveInt = 16):
         self.every, self.n = every, min(n, MAX_FRAMES)  # every = 0: with each evaluation

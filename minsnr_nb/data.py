@@ -41,10 +41,10 @@ from .settings import project_root
 from .registry import Registry
 from .seeds import Stream, stream
 
-# %% ../nbs/20_data.ipynb #61bd4662
+# %% ../nbs/20_data.ipynb #44d63120
 Split = Literal["train", "test"]
 
-
+# %% ../nbs/20_data.ipynb #61bd4662
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     "Images of one split with their labels"

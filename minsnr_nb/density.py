@@ -17,6 +17,7 @@ from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt, Lt
+from fastcore.basics import patch
 from torch import Tensor
 
 from .config import Fraction, Positive, PositiveInt
@@ -26,9 +27,6 @@ from .schedule import NoiseSchedule
 from .seeds import Stream
 
 # %% ../nbs/24_density.ipynb #ab424c3e
-OUTSIDE = 0.01  # share of a density that may be cut off without a word
-
-
 @dataclass(frozen=True, eq=False)
 class Density:
     "Probability of each timestep, and a way to draw from it"
@@ -41,13 +39,6 @@ class Density:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(T={len(self.probs)}{self.note and '; '}{self.note})"
-
-    @property
-    def note(self) -> str:
-        "Say what a schedule cuts off a density; empty where that is less than one per cent"
-        if self.outside < OUTSIDE:
-            return ""
-        return f"{100 * self.outside:.2g} % of the density lies outside the schedule; the rest is scaled up"
 
     def invert(
         self,
@@ -105,6 +96,17 @@ class Density:
                     f"density: {name} has shape {tuple(state[name].shape)}, not {tuple(own.shape)}"
                 )
             own.copy_(state[name])
+
+# %% ../nbs/24_density.ipynb #051d417a
+OUTSIDE = 0.01  # share of a density that may be cut off without a word
+
+
+@patch(as_prop=True)
+def note(self: Density) -> str:
+    "Say what a schedule cuts off a density; empty where that is less than one per cent"
+    if self.outside < OUTSIDE:
+        return ""
+    return f"{100 * self.outside:.2g} % of the density lies outside the schedule; the rest is scaled up"
 
 # %% ../nbs/24_density.ipynb #f8a95aac
 DENSITIES = Registry("timestep density")

@@ -340,6 +340,15 @@ _ARCHIVES = re.compile(
     rb"|x[\x01\x9c\xda]|ZF\x02|LRZI|\x5d\x00\x00|(?s:.{257}ustar)"
 )
 
+# %% ../nbs/05_guard.ipynb #ed3f751b
+def _tensor_problem(head: bytes, name: str, size: int) -> str | None:
+    "Say what is wrong with the header of a safetensors file, if anything"
+    try:
+        tensor_header(head, name, size)
+    except MinsnrError as e:
+        return str(e).removeprefix(f"{name}: ")
+    return None
+
 
 def pickle_problem(
     path: Path,  # A file of any kind
@@ -354,11 +363,7 @@ def pickle_problem(
             f.seek(0)
             return _npy_problem(f, size)
     if suffix == ".safetensors":
-        try:
-            tensor_header(head, path.name, size)
-        except MinsnrError as e:
-            return str(e).removeprefix(f"{path.name}: ")
-        return None
+        return _tensor_problem(head, path.name, size)
     if suffix == ".npz":
         return npz_problem(path)
     if head[:2] == b"PK" or _ARCHIVES.match(head):

@@ -132,7 +132,7 @@ def one_thread() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
 
-
+# %% ../nbs/61_metrics.ipynb #635677d9
 STEPS, BATCH, LR = 300, 64, 2e-3  # a few seconds of one core
 
 
@@ -150,7 +150,7 @@ def _task(
         )
     return x, label
 
-
+# %% ../nbs/61_metrics.ipynb #ea9f50cf
 @one_thread()
 def train_classifier(
     data: ImageSet,  # Images to learn to see
@@ -191,7 +191,7 @@ def keep_tensors(
     dump = lambda tensors: save(tidy(tensors))  # noqa: E731
     return tidy(cached("metrics", key, make, dump, lambda path: load(tensor_bytes(path))))
 
-
+# %% ../nbs/61_metrics.ipynb #e4b29589
 @dataclass(frozen=True, eq=False)
 class FeatureNet:
     "A named network that turns images into features"
@@ -220,7 +220,7 @@ class FeatureNet:
     def _as_file(self, x: Tensor) -> Tensor:
         return x.to(self.device).clamp(-1, 1).add(1).mul(127.5).round().div(127.5).sub(1)
 
-
+# %% ../nbs/61_metrics.ipynb #e00fb793
 def feature_net(
     data: ImageSet,  # The training images
 ) -> FeatureNet:

@@ -216,6 +216,29 @@ def bin_changes(
         {"log_snr": np.asarray(base["centre"]), "change": change, "low": low, "high": high}
     )
 
+# %% ../nbs/74_study.ipynb #2cbfefdb
+def _changed(
+    runs: list[Run],  # Of the arms
+) -> set[str]:  # Sections of the config
+    "Find the sections in which arms differ"
+    first, *others = [config_of(run) for run in runs]
+    return {d.split(":")[0].split(".")[0] for o in others for d in config_differences(first, o)}
+
+
+def _against_noise(
+    table: DataFrame,  # From `history`
+) -> list[tuple[str, bool, str]]:  # Question, answer, evidence
+    "Ask whether the metric tells images from noise, and whether each arm has left noise behind"
+    key = primary(table)
+    last = table.sort_values("step").groupby("arm").tail(1)
+    anchor = key.replace("eval/", "anchor/")
+    noise, real, own = last[f"{anchor}/noise"], last[f"{anchor}/test"], last[key]
+    told = f"{real.max():.3g} < {noise.min():.3g}", f"{own.max():.3g} < {noise.min() / 2:.3g}"
+    return [
+        ("real images score better than noise", bool((real < noise).all()), told[0]),
+        ("every arm is far from noise", bool((own < noise / 2).all()), told[1]),
+    ]
+
 # %% ../nbs/74_study.ipynb #cb4f4701
 def gates(
     study: Study,
@@ -225,16 +248,7 @@ def gates(
     runs = list(study.runs.values())
     reports = [contract_report(check_run(run.path)) for run in runs]
     states = [derive_state(run) for run in runs]
-    first, *others = [config_of(run) for run in runs]
-    changed = {
-        d.split(":")[0].split(".")[0] for other in others for d in config_differences(first, other)
-    }
-    key = primary(table)
-    last = table.sort_values("step").groupby("arm").tail(1)
-    noise, real = (
-        last[f"{key.replace('eval/', 'anchor/')}/noise"],
-        last[f"{key.replace('eval/', 'anchor/')}/test"],
-    )
+    changed = _changed(runs)
     return [
         (
             "every run passes both contracts",
@@ -243,16 +257,7 @@ def gates(
         ),
         ("every run is complete", set(states) == {"completed"}, ", ".join(states)),
         ("the arms differ in one section", len(changed) <= 1, ", ".join(changed) or "one arm"),
-        (
-            "real images score better than noise",
-            bool((real < noise).all()),
-            f"{real.max():.3g} < {noise.min():.3g}",
-        ),
-        (
-            "every arm is far from noise",
-            bool((last[key] < noise / 2).all()),
-            f"{last[key].max():.3g} < {noise.min() / 2:.3g}",
-        ),
+        *_against_noise(table),
     ]
 
 # %% ../nbs/74_study.ipynb #8b5a4dbf

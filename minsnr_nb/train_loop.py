@@ -7,7 +7,10 @@ __all__ = ['Batch', 'draw_batch', 'TrainState', 'lr_at', 'make_optimizer', 'Step
            'Claimed', 'Scalars', 'take_line', 'guard_line', 'Loop', 'NonFiniteLoss', 'check_finite', 'train']
 
 # %% ../nbs/50_train_loop.ipynb #52f50ad9
-from collections.abc import Callable, Iterable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -128,6 +131,7 @@ class Callback:
     "Watches training; the built-in ones are on the page [callbacks](51_callbacks.ipynb)"
 
     order = 50  # Lower runs earlier within a step
+    takes = "watching"  # What its time is counted as; also used: evaluation, saving
 
     def before_train(self, loop: "Loop") -> None:
         "Runs once, before the first step of this process"
@@ -236,6 +240,7 @@ class Loop:
     sample: Callable[[nn.Module, int], Tensor] = _nothing  # (network, n) -> images
     evaluate: Callable[[TrainState], dict[str, float]] = _nothing
     stop: bool = False  # A callback may ask for an early, orderly end
+    seconds: Counter = field(default_factory=Counter)  # Spent on data, step, evaluation, …
 
     @property
     def done(self) -> bool:
@@ -245,6 +250,13 @@ class Loop:
     def due(self, every: int) -> bool:
         "Whether something that happens each `every` steps, and at the end, happens now"
         return self.state.step % every == 0 or self.done
+
+    @contextmanager
+    def spending(self, what: str) -> Iterator[None]:
+        "Count the time of a block under a name"
+        since = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - since
 
 # %% ../nbs/50_train_loop.ipynb #a6ec87d2
 class NonFiniteLoss(MinsnrError):
@@ -282,7 +294,8 @@ def _asking(loop: "Loop") -> Callable[..., None]:
         for cb, name in zip(callbacks, names, strict=True):
             loop.scalars.writer = name
             try:
-                getattr(cb, hook)(loop, *args)
+                with loop.spending(cb.takes):
+                    getattr(cb, hook)(loop, *args)
             except Exception as e:
                 _name_callback(e, f"{name}.{hook} at step {loop.state.step}")
                 raise
@@ -308,12 +321,14 @@ def train(
     with torch.random.fork_rng():
         ask("before_train")
         while not (loop.done or loop.stop):
-            batch = draw_batch(state.step, loop.images, loop.objective, cfg, loop.device)
-            result = train_step(state, loop.objective, batch, cfg)
-            pending.append(result)
-            looks = loop.device.type == "cpu" or loop.due(cfg.train.log_every)
-            if looks or loop.due(cfg.train.checkpoint_every):
-                check_finite(pending)
+            with loop.spending("data"):
+                batch = draw_batch(state.step, loop.images, loop.objective, cfg, loop.device)
+            with loop.spending("step"):
+                result = train_step(state, loop.objective, batch, cfg)
+                pending.append(result)
+                looks = loop.device.type == "cpu" or loop.due(cfg.train.log_every)
+                if looks or loop.due(cfg.train.checkpoint_every):
+                    check_finite(pending)
             ask("after_step", result)
         ask("after_train")
     return state

@@ -23,6 +23,7 @@ from ..seeds import Stream
 from ..show import LOOK, figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 else:
     Figure = Any
@@ -87,6 +88,22 @@ def cosines(
     true, *ends = (x.masked_fill(hidden, torch.nan) for x in (true[0], *ends))
     return Cosines((raw + raw.T) / 2, true, *ends, high < 0, across[0])
 
+# %% ../../nbs/analysis/15_conflict.ipynb #7d30f782
+def _show_matrix(
+    ax: "Axes",  # Where to draw
+    table: Tensor,  # (rows, columns); NaN where nothing can be said
+    limit: float,  # Value of the deepest blue
+) -> None:
+    "Draw one matrix with its numbers"
+    import matplotlib
+
+    cmap = matplotlib.colormaps["RdBu"].with_extremes(bad="#cccccc")
+    ax.imshow(table.masked_fill(table.isnan(), torch.nan), cmap=cmap, vmin=-limit, vmax=limit)
+    for i, j in (~table.isnan()).nonzero().tolist():
+        dark = "white" if table[i, j].abs() > 0.7 * limit else "black"
+        said = f"{round(table[i, j].item(), 1) + 0.0:.1f}"
+        ax.text(j, i, said, ha="center", va="center", fontsize=6, color=dark)
+
 # %% ../../nbs/analysis/15_conflict.ipynb #b94367e2
 def show_matrices(
     tables: Mapping[str, Tensor],  # Title to matrix, (rows, columns)
@@ -103,21 +120,7 @@ def show_matrices(
         fig = figure(6, 2.6)
         panels = fig.subplots(1, len(tables), squeeze=False, sharey=True)[0]
         for ax, (title, table) in zip(panels, tables.items(), strict=True):
-            cmap = matplotlib.colormaps["RdBu"].with_extremes(bad="#cccccc")
-            ax.imshow(
-                table.masked_fill(table.isnan(), torch.nan), cmap=cmap, vmin=-limit, vmax=limit
-            )
-            for i, j in (~table.isnan()).nonzero().tolist():
-                dark = "white" if table[i, j].abs() > 0.7 * limit else "black"
-                ax.text(
-                    j,
-                    i,
-                    f"{round(table[i, j].item(), 1) + 0.0:.1f}",
-                    ha="center",
-                    va="center",
-                    fontsize=6,
-                    color=dark,
-                )
+            _show_matrix(ax, table, limit)
             ax.set_xticks(range(len(columns)), columns)
             ax.set_yticks(range(len(rows)), rows)
             ax.set(title=title, xlabel=xlabel)
