@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from fastcore.script import anno_parser
 
@@ -64,6 +64,11 @@ _Hash = Annotated[str | None, {"metavar": "HASH"}]
 _Slot = Annotated[str, {"choices": ["last", "best"]}]
 _Names = Annotated[list[str] | None, {"metavar": "KEY", "nargs": "+", "type": str}]
 _Each = Annotated[list[str] | None, {"metavar": "NAME", "action": "append", "type": str}]
+_Level = Annotated[str | None, {"choices": ["L0", "L1", "L2", "L3"]}]
+_TARGETS = ["x0", "eps", "v", "u", "F"]
+_Target = Annotated[Literal["x0", "eps", "v", "u", "F"], {"choices": _TARGETS, "type": str}]
+_Lane = Annotated[str | None, {"opt": False, "nargs": "?"}]
+_Column = Annotated[str | None, {"metavar": "KEY"}]
 
 # %% ../nbs/73_cli.ipynb #dd27359a
 @_verb("train")
@@ -183,9 +188,7 @@ def _smoke(
 def _check(
     *run: _Runs,  # Run directories, ids, or beginnings of ids
     quiet: bool = False,  # Contracts only
-    level: Annotated[
-        str | None, {"choices": ["L0", "L1", "L2", "L3"]}
-    ] = None,  # The last one wanted
+    level: _Level = None,  # The last one wanted
     json: bool = False,  # For scripts
 ) -> int:
     "Check run directories against both contracts: minsnr check RUN … [--level L3] [--json]"
@@ -218,9 +221,7 @@ def _runs(
     *,
     columns: _Names = None,  # Config keys, names of metrics
     where: _Names = None,  # Conditions, as in seed=1
-    sort: Annotated[
-        str | None, {"metavar": "KEY"}
-    ] = None,  # Write --sort=-KEY for the largest first
+    sort: _Column = None,  # Write --sort=-KEY for the largest first
     json: bool = False,  # For scripts
     run_root: _Dir = None,  # Where runs live; settings.ini has the default
 ) -> None:
@@ -395,11 +396,9 @@ ALIASES = {
 
 @_verb("list")
 def _list(
-    lane: Annotated[str | None, {"opt": False, "nargs": "?"}] = None,  # For example weightings
+    lane: _Lane = None,  # For example weightings
     *,
-    extension: Annotated[
-        list[str] | None, {"metavar": "FILE", "action": "append", "type": str}
-    ] = None,  # Own code to show too
+    extension: _Each = None,  # Files of own code to show too
 ) -> None:
     "List the lanes, or the entries of one: minsnr list [LANE]"
     from minsnr_nb.lab import lanes_with
@@ -426,7 +425,7 @@ def _identify(
     *,
     schedule: _Text = "linear",  # Noise schedule of the table
     timesteps: int = 1000,  # Of that schedule
-    prediction: Annotated[str, {"choices": ["x0", "eps", "v", "u", "F"]}] = "eps",  # Of the network
+    prediction: _Target = "eps",  # Of the network
 ) -> None:
     "Name the weighting behind a table: minsnr identify FILE --prediction v"
     from minsnr_nb.analysis.identify import identify_file
@@ -591,13 +590,29 @@ def _dispatch(words: list[str]) -> int:
         _accept(found)
     return _called(verb, found)
 
+# %% ../nbs/73_cli.ipynb #8c74ddcc
+def _warnings_once() -> Callable:
+    "Show each of our own warnings as one line, once; others as ever"
+    told: set[str] = set()
 
-def _show_warning(message: Any, category: type, *where: Any, **more: Any) -> None:
-    "Show our own warnings as one line, others as ever"
-    if issubclass(category, MinsnrWarning):
-        _warn(str(message))
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, MinsnrWarning):
+            sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
+        elif str(message) not in told:
+            told.add(str(message))
+            _warn(str(message))
+
+    return show
+
+# %% ../nbs/73_cli.ipynb #9c7bb7c2
+def _said(e: Exception) -> str:
+    "One line about an error; nothing when it is none that we expect"
+    if isinstance(e, MinsnrError):
+        return str(e)
+    name = (getattr(e, "name", None) or "").split(".")[0]
+    if name in ("", "minsnr_nb"):
+        return ""
+    return f"{name} is not installed; `pip install 'minsnr_nb[lab]'` brings it"
 
 # %% ../nbs/73_cli.ipynb #7f13c6d0
 def main(
@@ -608,7 +623,7 @@ def main(
     debug = "--debug" in words
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _warnings_once()
             return _dispatch([w for w in words if w != "--debug"])
     except (MinsnrError, ModuleNotFoundError) as e:
         if debug or not (said := _said(e)):
@@ -621,13 +636,3 @@ def main(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _said(e: Exception) -> str:
-    "One line about an error; nothing when it is none that we expect"
-    if isinstance(e, MinsnrError):
-        return str(e)
-    name = (getattr(e, "name", None) or "").split(".")[0]
-    if name in ("", "minsnr_nb"):
-        return ""
-    return f"{name} is not installed; `pip install 'minsnr_nb[lab]'` brings it"

@@ -38,10 +38,10 @@ from papermill.translators import translate_parameters
 from minsnr_nb import errors
 from minsnr_nb.durable import make_dir, remove, replace
 
-__all__ = ["StudyEngine", "StudyManager", "WholeFiles", "checked_parameters", "code_digest"]
+__all__ = ["Pace", "StudyEngine", "StudyManager", "WholeFiles", "checked_parameters", "code_digest"]
 
 TYPES = {"float": float, "int": int, "str": str, "bool": bool}
-EXPECTED = ("ConfigError", "MinsnrError", "RunFailed", "DurableError", "CheckpointError")
+EXPECTED = ("ConfigError", "MinsnrError", "RunFailed", "Stopped", "DurableError", "CheckpointError")
 
 
 def checked_parameters(nb, kernel_name: str) -> dict:
@@ -246,8 +246,13 @@ def _interrupted(manager: StudyManager, e: KeyboardInterrupt) -> click.ClickExce
     "What is said after Ctrl-C or SIGTERM, with the exit code that shells use"
     runs = manager.runs()
     again = f"; `-p resume {runs[-1]}` continues" if runs else ""
-    error = click.ClickException(f"interrupted{again}")
-    error.exit_code = 128 + (e.args[0] if e.args else signal.SIGINT)
+    return _ended(f"interrupted{again}", 128 + (e.args[0] if e.args else signal.SIGINT))
+
+
+def _ended(message: str, code: int) -> click.ClickException:
+    "An error that click turns into one line and this exit code"
+    error = click.ClickException(message)
+    error.exit_code = code  # type: ignore[misc]
     return error
 
 
@@ -264,11 +269,10 @@ def _raise_expected(nb, refused) -> None:
     for cell in nb.cells:
         for out in cell.get("outputs", []):
             if out.get("output_type") == "error" and out.ename in EXPECTED:
-                error = click.ClickException(out.evalue)
-                error.exit_code = getattr(errors, out.ename, errors.MinsnrError).exit_code
-                if error.exit_code == errors.ConfigError.exit_code:
+                code = getattr(errors, out.ename, errors.MinsnrError).exit_code
+                if code == errors.ConfigError.exit_code:
                     refused()
-                raise error
+                raise _ended(out.evalue, code)
 
 
 class _environment:

@@ -135,12 +135,14 @@ class SlowSteps(Callback):
 
     def __init__(self, warn: Callable[[str], None], clock: Callable[[], float] = time.perf_counter):
         self.warn, self.clock = warn, clock
-        self._last, self._first, self._took = None, None, []
+        self._last: float | None = None  # when the step before this one was done
+        self._first, self._told = 0.0, False  # seconds of a step at first
+        self._took: list[float] = []
 
     def after_step(self, loop: Loop, result: StepResult) -> None:
         now, last = self.clock(), self._last
         self._last = now
-        if last is None or self._took is None:
+        if last is None or self._told:
             return
         self._took.append(now - last)
         if len(self._took) == 16:
@@ -152,7 +154,7 @@ class SlowSteps(Callback):
         if took > self.times * self._first:
             slow = f"steps took {1e3 * self._first:.3g} ms at first and {1e3 * took:.3g} ms at step {step}"
             self.warn(f"{slow}; if another program is busy here, {self.cure}")
-            self._took = None
+            self._told = True
 
 # %% ../nbs/71_runner.ipynb #0ae38972
 @contextmanager

@@ -91,7 +91,9 @@ def test_cli_every_parameter_of_every_verb_is_explained(capsys):
 def test_cli_help_of_train_has_every_key_and_entry(capsys):
     text = typed(capsys, "train", "--help").stdout
     rows = {row["key"]: row for row in lab.config_help() if "key" in row}
-    sections = {k for k, f in Config.model_fields.items() if not hasattr(f.default, "model_fields")}
+    sections = {
+        k for k, f in Config.model_fields.items() if not hasattr(type(f.default), "model_fields")
+    }
     assert rows.keys() >= {"train.steps", "optim.betas", "schedule.timesteps", "loss"} | sections
     for key, row in rows.items():
         assert f"\n{key} " in text and row["meaning"], key
@@ -353,3 +355,23 @@ def test_show_draws_a_single_point():
 
 def test_smoke_config_is_part_of_the_package():
     assert (ROOT / "configs/smoke.yaml").samefile(ROOT / "minsnr_nb/smoke.yaml")
+
+
+def test_core_needs_nothing_of_the_laboratory(tmp_path):
+    "What the wheel installs without `[lab]` trains, lists and checks"
+    lab_only = ["matplotlib", "pandas", "papermill", "click", "nbformat", "ipywidgets", "nbdev"]
+    code = f"import sys; sys.modules |= dict.fromkeys({lab_only})\n"
+    code += "from minsnr_nb.cli import main; import minsnr_nb.all; sys.exit(main())"
+    python = [str(BIN / "python"), "-c", code]
+    options = {"cwd": tmp_path, "env": environment(), "capture_output": True, "text": True}
+    done = subprocess.run([*python, "smoke", "train.steps=2", "eval.samples=8"], **options)
+    assert done.returncode == 0, done.stderr
+    run = run_dir(done.stdout)
+    for words in (
+        ["runs"],
+        ["check", run.name],
+        ["sample", run.name, "--n", "4"],
+        ["export", run.name],
+    ):
+        done = subprocess.run([*python, *words], **options)
+        assert done.returncode == 0, (words, done.stderr)

@@ -59,7 +59,18 @@ def _refuse_bombs(path: Path, sizes: dict[str, tuple[int, int]]) -> None:
         raise ConfigError(f"data.path: {path} would have {total} bytes, more than it can hold")
 
 # %% ../../nbs/images/10_files.ipynb #77cc77ac
-UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".psd", ".svg", ".eps", ".tga")
+UNREADABLE: tuple[str, ...] = (
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jxl",
+    ".jp2",
+    ".j2k",
+    ".psd",
+    ".svg",
+    ".eps",
+    ".tga",
+)
 UNREADABLE += (".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".exr", ".hdr")
 
 
