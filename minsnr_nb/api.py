@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -51,7 +52,7 @@ from minsnr_nb.runner import (
     threads,
 )
 from .record.seal import reopened
-from .show import png, save_png, tile
+from .show import enlarged, png, save_png, tile
 from .callbacks import CALLBACKS
 from .train_loop import Callback, Judged, Loop
 
@@ -320,9 +321,9 @@ def _drawn(cfg: Config, decides: dict) -> str:
     return f"{cfg.sampler.name}{steps}_seed{draw['seed']}_n{draw['n']}_{short}.png"
 
 
-def _grid(images: torch.Tensor) -> torch.Tensor:
-    "Tile samples into about a square"
-    return tile(images, ncols=max(1, round(len(images) ** 0.5)))
+def _grid(images: torch.Tensor) -> np.ndarray:
+    "Tile samples into about a square that is large enough to look at"
+    return enlarged(tile(images, ncols=max(1, round(len(images) ** 0.5))))
 
 
 def _set(run: Run, lab: Lab, images: torch.Tensor, decides: dict) -> Callable[[], list[Path]]:

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ConfigError", "MinsnrError", "nearest"]
+__all__ = ["ConfigError", "MinsnrError", "MinsnrWarning", "nearest"]
 
 
 class MinsnrError(Exception):
@@ -16,6 +16,10 @@ class ConfigError(MinsnrError):
     "The request was wrong; nothing was written"
 
     exit_code = 2
+
+
+class MinsnrWarning(UserWarning):
+    "Something a person should see, told in one line; work goes on"
 
 
 def _slips(a: str, b: str) -> int:

@@ -10,7 +10,9 @@ Installed as the default engine through the `papermill.engine` entry point, so t
   command that can be typed again;
 - the executed notebook is replaced as a whole at every save, also by papermill itself, and copied
   into every run it made;
-- an expected error inside the kernel is one line on the terminal, not a page of traceback.
+- while a run trains, the bar says which arm, which step and how long it still takes;
+- an expected error inside the kernel is one line on the terminal, not a page of traceback, and so is
+  Ctrl-C; a value that is refused before the first run leaves no output notebook.
 
 Papermill imports this module in every process it starts: no torch, no work at import.
 """
@@ -20,6 +22,10 @@ import json
 import os
 import signal
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -30,12 +36,12 @@ from papermill.iorw import LocalHandler, papermill_io
 from papermill.translators import translate_parameters
 
 from minsnr_nb import errors
-from minsnr_nb.durable import make_dir, replace
+from minsnr_nb.durable import make_dir, remove, replace
 
-__all__ = ["StudyEngine", "StudyManager", "WholeFiles", "checked_parameters", "code_digest"]
+__all__ = ["Pace", "StudyEngine", "StudyManager", "WholeFiles", "checked_parameters", "code_digest"]
 
 TYPES = {"float": float, "int": int, "str": str, "bool": bool}
-EXPECTED = ("ConfigError", "MinsnrError", "RunFailed", "DurableError", "CheckpointError")
+EXPECTED = ("ConfigError", "MinsnrError", "RunFailed", "Stopped", "DurableError", "CheckpointError")
 
 
 def checked_parameters(nb, kernel_name: str) -> dict:
@@ -106,6 +112,62 @@ class StudyManager(NotebookExecutionManager):
             replace(run / "notebook" / "study.ipynb", text)
 
 
+class Pace:
+    "Says how far the newest run of a study is, from what the run writes about itself"
+
+    def __init__(self, clock=time.monotonic):
+        self.clock, self.run, self.seen = clock, None, []
+
+    def line(self, run: Path) -> str:
+        "Arm, step, and time left"
+        read = lambda name: json.loads((run / "meta" / name).read_text())  # noqa: E731
+        try:
+            status, arm = (
+                read("status.json"),
+                (read("provenance.json").get("study") or {}).get("arm"),
+            )
+            step = max(status["step"], read("heartbeat.json")["step"])
+            total, state = status["total_steps"], status["state"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+        if run != self.run:
+            self.run, self.seen = run, []
+        if not self.seen or step > self.seen[-1][0]:  # a run says where it is every ten seconds
+            self.seen.append((step, self.clock()))
+        where = f"{arm or run.name}: "
+        if state != "running":
+            return where + state
+        return f"{where}step {step}/{total}{self._left(step, total)}"
+
+    def _left(self, step: int, total: int) -> str:
+        "Time left, once two moments are known"
+        (since, start), (_, now) = self.seen[0], self.seen[-1]
+        if step <= since:
+            return ""
+        seconds = max(0.0, (total - step) * (now - start) / (step - since) - self.clock() + now)
+        return f", {int(seconds // 60)}:{int(seconds % 60):02} left"
+
+
+@contextmanager
+def _watched(manager: StudyManager, every: float = 2.0) -> Iterator[None]:
+    "Show beside papermill's bar how far the newest run is"
+    done, pace = threading.Event(), Pace()
+
+    def look() -> None:
+        while not done.wait(every):
+            runs, bar = manager.runs(), manager.pbar
+            if runs and bar is not None:
+                bar.set_postfix_str(pace.line(runs[-1]))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 class StudyEngine(NBClientEngine):
     "The default engine: studies are checked and recorded, other notebooks run as ever"
 
@@ -134,6 +196,8 @@ class StudyEngine(NBClientEngine):
             nb, output_path=output_path, progress_bar=progress_bar, log_output=log_output,
             autosave_cell_every=autosave_cell_every,
         )  # fmt: skip
+        target = nb.metadata.papermill["output_path"] or ""
+        kept = Path(target).read_bytes() if Path(target).is_file() else None
         with tempfile.TemporaryDirectory(prefix="minsnr-") as scratch:
             manager.runs_list = Path(scratch) / "runs"
             record = {
@@ -145,35 +209,70 @@ class StudyEngine(NBClientEngine):
             }
             with _environment(MINSNR_PM=json.dumps(record)):
                 cls._execute(manager, kernel_name, log_output, kwargs)
+            _raise_expected(manager.nb, lambda: manager.runs() or _put_back(target, kept))
         return manager.nb
 
     @classmethod
     def _execute(cls, manager, kernel_name, log_output, kwargs) -> None:
         "Run the kernel; whatever happens, the notebook that is left says what happened"
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        before = signal.signal(signal.SIGTERM, _terminated)
+        kwargs = {"extra_arguments": QUIET} | kwargs
         manager.notebook_start()
         try:
-            cls.execute_managed_notebook(manager, kernel_name, log_output=log_output, **kwargs)
-        except BaseException:
+            with _watched(manager):
+                cls.execute_managed_notebook(manager, kernel_name, log_output=log_output, **kwargs)
+        except BaseException as e:
             manager.nb.metadata.papermill["exception"] = True
+            if isinstance(e, KeyboardInterrupt):
+                raise _interrupted(manager, e) from None
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
             manager.cleanup_pbar()
             manager.notebook_complete()
             manager.keep()
-        _raise_expected(manager.nb)
 
 
-def _raise_expected(nb) -> None:
+QUIET = [
+    "--IPKernelApp.log_level=CRITICAL"
+]  # a kernel's last words about a closed socket help nobody
+
+
+def _terminated(signum, frame):
+    raise KeyboardInterrupt(signum)
+
+
+def _interrupted(manager: StudyManager, e: KeyboardInterrupt) -> click.ClickException:
+    "What is said after Ctrl-C or SIGTERM, with the exit code that shells use"
+    runs = manager.runs()
+    again = f"; `-p resume {runs[-1]}` continues" if runs else ""
+    return _ended(f"interrupted{again}", 128 + (e.args[0] if e.args else signal.SIGINT))
+
+
+def _ended(message: str, code: int) -> click.ClickException:
+    "An error that click turns into one line and this exit code"
+    error = click.ClickException(message)
+    error.exit_code = code  # type: ignore[misc]
+    return error
+
+
+def _put_back(target: str, kept: bytes | None) -> None:
+    "Leave the output as it was before a request that was refused"
+    if kept is not None:
+        replace(Path(target), kept)
+    elif Path(target).is_file():
+        remove(Path(target))
+
+
+def _raise_expected(nb, refused) -> None:
     "Turn an expected error of the kernel into one line and its exit code"
     for cell in nb.cells:
         for out in cell.get("outputs", []):
             if out.get("output_type") == "error" and out.ename in EXPECTED:
-                error = click.ClickException(out.evalue)
                 code = getattr(errors, out.ename, errors.MinsnrError).exit_code
-                error.exit_code = code  # type: ignore[misc]
-                raise error
+                if code == errors.ConfigError.exit_code:
+                    refused()
+                raise _ended(out.evalue, code)
 
 
 class _environment:

@@ -145,12 +145,13 @@ def check(
     name: str,  # Entry
     keywords: dict,  # Its keywords as a config gives them
     path: tuple = (),  # Key path of the section, for messages
+    also: tuple = ("name",),  # Keys of the section itself, for messages
 ) -> tuple[dict, list]:  # Complete keywords, and (key path, message) problems
     "Validate the keywords of one entry without raising"
     if name not in self:
         return keywords, [((*path, "name"), f"no {self.lane} {name!r}" + nearest(name, self))]
     model = keyword_model(self[name])
-    found = mistakes(model, frozen(keywords), path)
+    found = mistakes(model, frozen(keywords), path, also)
     return (keywords if found else model.model_validate(frozen(keywords)).model_dump()), found
 
 

@@ -94,7 +94,7 @@ class Stopped(MinsnrError):
         resume = "`minsnr resume RUN` continues from there"
         super().__init__(f"stopped at step {step}, with a checkpoint ({reason}); {resume}")
         self.step, self.signal = step, signum
-        self.exit_code = 128 + signum if signum else 1
+        self.exit_code = 128 + signum if signum else 0  # a request was obeyed: that is success
 
 # %% ../nbs/53_requests.ipynb #586ce717
 class Requests(Callback):

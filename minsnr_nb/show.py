@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'DPI', 'WIDTH', 'HEIGHT', 'LOOK', 'LINE_ART', 'LOG_SNR', 'figure', 'png', 'save_png', 'draw_curves',
-           'curves', 'over_log_snr', 'to_uint8', 'tile', 'side_by_side', 'image_grid']
+           'curves', 'over_log_snr', 'to_uint8', 'tile', 'enlarged', 'side_by_side', 'image_grid']
 
 # %% ../nbs/03_show.ipynb #c7fd1ba3
 import sys
@@ -132,7 +132,8 @@ def draw_curves(
 ) -> None:
     "Draw named curves over one x into given axes"
     for colour, (name, y) in zip(COLOURS * (1 + len(ys) // len(COLOURS)), ys.items(), strict=False):
-        ax.plot(_values(x), _values(y), label=name, color=colour)
+        alone = np.isfinite(_values(x) + _values(y)).sum() == 1  # a line needs two points
+        ax.plot(_values(x), _values(y), label=name, color=colour, marker="o" if alone else None)
         if name in bands:
             low, high = map(_values, bands[name])
             ax.fill_between(_values(x), low, high, color=colour, alpha=0.25, linewidth=0)
@@ -208,6 +209,15 @@ def tile(
         top, left = i // ncols * (height + gap), i % ncols * (width + gap)
         sheet[top : top + height, left : left + width] = image
     return sheet
+
+# %% ../nbs/03_show.ipynb #d5f737e6
+def enlarged(
+    sheet: np.ndarray,  # Picture, uint8, (height, width, 3)
+    wide: int = 256,  # Pixels that its width shall at least have
+) -> np.ndarray:  # The same picture, a whole number of times larger
+    "Repeat pixels until a picture can be seen"
+    times = max(1, -(-wide // sheet.shape[1]))
+    return sheet.repeat(times, axis=0).repeat(times, axis=1)
 
 # %% ../nbs/03_show.ipynb #8e659a7c
 def _fit(

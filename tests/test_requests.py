@@ -59,7 +59,7 @@ def test_stopped_with_a_checkpoint_then_resumed(way, config, whole, tmp_path):
     os.kill(child.pid, signal.SIGTERM) if way == "SIGTERM" else ask(run, "stop")
     _, said = child.communicate(timeout=60)
     status = json.loads(run.status_path.read_text())
-    assert child.returncode == (143 if way == "SIGTERM" else 1)
+    assert child.returncode == (143 if way == "SIGTERM" else 0)  # a request was obeyed
     assert derive_state(run) == "interrupted" and 0 < status["step"] < 300
     assert f"stopped at step {status['step']}" in said and len(said.strip().splitlines()) == 1
     pointer = json.loads((run.ckpts_last / "CURRENT.json").read_text())

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LAYOUT_VERSION', 'LAYOUT', 'RUN_NAME', 'TERMINAL', 'STATES', 'RESERVED', 'PROJECT', 'Entry', 'layout_table', 'Run',
            'run_name', 'manifest_of', 'status_record', 'summarise', 'write_summary', 'create_run', 'version_problem',
-           'open_run', 'list_runs']
+           'open_run', 'list_runs', 'find_run']
 
 # %% ../../nbs/record/15_directory.ipynb #f84cd40b
 import errno
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -371,3 +371,20 @@ def list_runs(
     found = Path(run_root).glob("*/*/meta/provenance.json")
     runs = [Run(p.parent.parent) for p in found if not p.parent.parent.name.startswith(".")]
     return sorted(runs, key=lambda r: (r.id, r.path.parent.name))
+
+# %% ../../nbs/record/15_directory.ipynb #f08e500c
+def find_run(
+    name: str | Path,  # A path, an id, or the beginning of an id; PROJECT/ may stand before it
+    root: Callable[[], Path],  # Where runs live; asked only when it is needed
+) -> Path:  # The path as given, when no run below the root has such an id
+    "Find the directory of a run"
+    project, _, start = str(name).rpartition("/")
+    if Path(name).exists() or not re.fullmatch(r"\d[\w-]+", start) or "/" in project:
+        return Path(name)
+    runs = [r.path for r in list_runs(root()) if r.path.name.startswith(start)]
+    runs = [p for p in runs if project in ("", p.parent.name)]
+    found = [p for p in runs if p.name == start] or runs
+    if len(found) > 1:
+        listed = ", ".join(f"{p.parent.name}/{p.name}" for p in found[:8])
+        raise ConfigError(f"{name}: {len(found)} runs begin like this: {listed}")
+    return found[0] if found else Path(name)

@@ -11,7 +11,7 @@ import operator
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .. import durable
-from ..errors import ConfigError, MinsnrError
+from ..config import leaves
+from ..errors import ConfigError, MinsnrError, nearest
 from ..strict_yaml import read_yaml
 from ..guard import read_plain
 from .strict_json import read_json
@@ -203,6 +204,7 @@ def run_rows(
         refresh(root, db)
         found = db.execute(f"SELECT {fields} FROM runs ORDER BY path").fetchall()
     rows = [_row(root, record, extra) for record in found]
+    _refuse_unknown(extra, rows, found)
     rows = [r for r in rows if all(_holds(r[1].get(k), op, v) for k, op, v in tests)]
     if sort:
         key = sort.lstrip("-")
@@ -224,6 +226,22 @@ def _row(root: Path, record: tuple[str, str, str, str], extra) -> tuple[dict, di
         return row, {}
     settings, last = json.loads(config), json.loads(final)
     return row, {key: _value(row, settings, last, key) for key in extra}
+
+# %% ../../nbs/record/27_index.ipynb #f5d1c19c
+def _refuse_unknown(extra: Iterable[str], rows: list[tuple], found: list[tuple]) -> None:
+    "Refuse a key that no run has"
+    missing = [k for k in extra if rows and all(more[k] is None for _, more in rows)]
+    if not missing:
+        return
+    known = {k for row, _ in rows for k in row}
+    for _, _, config, final in found:
+        known |= json.loads(final).keys() | leaves(json.loads(config)).keys()
+    for key in missing:
+        if key not in known:
+            near = (
+                nearest(key, known) if len(known) <= 40 else nearest(key, known).split(" Known:")[0]
+            )
+            raise ConfigError(f"no run has {key!r}{near.rstrip(';')}")
 
 # %% ../../nbs/record/27_index.ipynb #91016310
 def runs_df(

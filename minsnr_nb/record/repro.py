@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Difference', 'first_difference', 'final_state', 'compare_runs', 'work_tree', 'environment_changes', 'locked_python',
-           'rerun', 'verify']
+           'rerun', 'verify', 'commands']
 
 # %% ../../nbs/record/29_repro.ipynb #b744f344
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -258,3 +259,25 @@ def verify(
     run = open_run(path)
     with rerun(run.path, root, device, here, tell) as again:
         return final_state(again)[0], compare_runs(run, again)
+
+# %% ../../nbs/record/29_repro.ipynb #035dfb67
+def commands(
+    path: str | Path,  # A run directory
+) -> list[str]:  # One line each, for a shell
+    "Say how to run an old run again by hand"
+    run = open_run(path)
+    git, env = run.provenance()["git"], run.provenance()["env"]
+    if not git["available"]:
+        raise ConfigError(f"{run.path}: was made outside git; its code cannot be restored")
+    here = shlex.quote(str(run.path))
+    steps = [f"git clone --no-checkout {shlex.quote(str(project_root()))} again", "cd again"]
+    steps.append(f"git checkout --detach {shlex.quote(git['repo_sha'])}")
+    if patch := _patch(run, git):
+        steps.append(f"git apply --whitespace=nowarn {shlex.quote(str(patch))}")
+    if "requirements.lock" in {facts["name"] for facts in env.get("locks") or []}:
+        steps.append(f"uv venv --python {_pythons(env)['then'].rpartition('.')[0]}")
+        steps.append(f"uv pip install --require-hashes -r {here}/meta/requirements.lock")
+    threads = run.provenance()["determinism"]["num_threads"]
+    train = "python -c 'from minsnr_nb.cli import main; main()' train"
+    steps.append(f"OMP_NUM_THREADS={int(threads)} {train} {here}/config.resolved.yaml")
+    return [*steps, f"minsnr compare {here} $(ls -d runs/*/* | tail -n 1)"]
