@@ -23,7 +23,7 @@ from torch import Tensor
 from .config import Fraction, Positive, PositiveInt
 from .errors import ConfigError
 from .registry import Registry
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, Timesteps
 from .seeds import Stream
 
 # %% ../nbs/24_density.ipynb #ab424c3e
@@ -124,24 +124,20 @@ def make_density(
 
 # %% ../nbs/24_density.ipynb #e3141b67
 @DENSITIES.register("uniform")
-def uniform_density(
-    timesteps: PositiveInt,  # Number of levels, T
-) -> Density:
+def uniform_density(timesteps: Timesteps) -> Density:
     "every timestep equally often"
     return Density(torch.full((timesteps,), 1 / timesteps, dtype=torch.float64))
 
 
 @DENSITIES.register
-def antithetic(
-    timesteps: PositiveInt,  # Number of levels, T
-) -> Density:
+def antithetic(timesteps: Timesteps) -> Density:
     "uniform, in mirrored pairs: with t comes T - 1 - t (VDM)"
     return replace(uniform_density(timesteps), paired=True)
 
 
 @DENSITIES.register
 def stratified(
-    timesteps: PositiveInt,  # Number of levels, T
+    timesteps: Timesteps,
     *,
     strata: PositiveInt = 64,  # Parts that samples take turns in; best when it divides the batch
 ) -> Density:
@@ -357,7 +353,7 @@ class LossSecondMoment(Density):
 # %% ../nbs/24_density.ipynb #f6c2388d
 @DENSITIES.register
 def loss_second_moment(
-    timesteps: PositiveInt,  # Number of levels, T
+    timesteps: Timesteps,
     *,
     history: PositiveInt = 10,  # Losses remembered of each level; Nichol & Dhariwal 2021, sec. 3.3
     uniform_prob: Annotated[float, Gt(0), Lt(1)] = 0.001,  # Share that is drawn uniformly
@@ -427,7 +423,7 @@ class Curriculum(Density):
 # %% ../nbs/24_density.ipynb #921dee34
 @DENSITIES.register
 def curriculum(
-    timesteps: PositiveInt,  # Number of levels, T
+    timesteps: Timesteps,
     *,
     mean: Fraction = 0.3,  # Centre of the bell, share of the levels
     std: Positive = 0.1,  # Its standard deviation, share of the levels

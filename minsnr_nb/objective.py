@@ -128,7 +128,7 @@ def refuse_prediction(
             "the noise says nothing about the image; allowed: x0, v, u, F"
         )
 
-
+# %% ../nbs/31_objective.ipynb #220a69ae
 def refuse_weight(
     what: str,  # Weighting and loss, as a message says it
     weight: Tensor,  # Factor on the prediction's MSE, (T,)

@@ -23,7 +23,6 @@ from ..seeds import Stream
 from ..show import LOOK, figure
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 else:
     Figure = Any
@@ -90,7 +89,7 @@ def cosines(
 
 # %% ../../nbs/analysis/15_conflict.ipynb #7d30f782
 def _show_matrix(
-    ax: "Axes",  # Where to draw
+    ax: Any,  # Where to draw
     table: Tensor,  # (rows, columns); NaN where nothing can be said
     limit: float,  # Value of the deepest blue
 ) -> None:
