@@ -60,21 +60,28 @@ def leases(lab: Lab, n: int, rivals: int = 8) -> tuple[bool, str]:
     wrong = []
     with scratch() as root:
         for i in range(n):
-            run, gate = lab.create(root / str(i)), Gate()
+            run, gate, over = lab.create(root / str(i)), Gate(), Gate()
             forked(lambda run=run: start_attempt(run))  # an owner that is gone
 
-            def action(run=run, gate=gate):
+            def action(run=run, gate=gate, over=over):
                 gate.wait()
                 try:
                     start_attempt(run)
-                    time.sleep(0.03)  # the winner lives on while the others ask
+                    over.wait()  # the winner lives on until the others have asked
                 except ConfigError as e:
                     text = str(e)
                     os._exit(7 if "written by process" in text or "just claimed" in text else 8)
 
             pids = [fork(action) for _ in range(rivals)]
             gate.open()
-            codes = sorted(status_of(pid) for pid in pids)
+            ended, until = {}, time.monotonic() + 60
+            while len(ended) < rivals - 1 and time.monotonic() < until:
+                for pid in [p for p in pids if p not in ended]:
+                    done, status = os.waitpid(pid, os.WNOHANG)
+                    ended |= {pid: os.waitstatus_to_exitcode(status)} if done else {}
+                time.sleep(0.001)
+            over.open()
+            codes = sorted(ended[p] if p in ended else status_of(p) for p in pids)
             if codes != [0] + [7] * (rivals - 1):
                 attempts = [
                     json.loads(p.read_text())["attempt"] for p in sorted(run.attempts.iterdir())
