@@ -7,6 +7,7 @@ __all__ = ['CALLBACKS', 'PARTS', 'LogEvents', 'GradNorm', 'GradShare', 'Timing',
            'Progress']
 
 # %% ../nbs/51_callbacks.ipynb #cb18cf6e
+from typing import Any
 import os
 import sys
 import time
@@ -32,7 +33,9 @@ class LogEvents(Callback):
     order = 30
 
     def __init__(self, *, bins: PositiveInt = 8):
-        self.bins, self._table, self._sums = bins, None, None
+        self.bins = bins
+        self._table: Any = None
+        self._sums: Any = None
 
     def before_train(self, loop: Loop) -> None:
         bins = snr_bins(loop.objective.schedule, self.bins)
@@ -131,7 +134,8 @@ class GradShare(Callback):
             params = [p for p in model.parameters() if p.requires_grad]
             loss = weighted.sum() / len(part)
             grads = torch.autograd.grad(loss, params, allow_unused=True)
-        return sum(g.double().square().sum() for g in grads if g is not None).sqrt().item()
+        squares = [g.double().square().sum() for g in grads if g is not None]
+        return torch.stack(squares).sum().sqrt().item()
 
 # %% ../nbs/51_callbacks.ipynb #fcefeb68
 PARTS = ("data", "step", "evaluation", "saving", "watching")

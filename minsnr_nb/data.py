@@ -74,14 +74,15 @@ class ImageSet:
     @property
     def shape(self) -> tuple[int, int, int]:
         "Of one image: (C, H, W)"
-        return tuple(self.images.shape[1:])
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     @cached_property
     def sha256(self) -> str:
         "Identify the content"
         digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
         for x in (self.images, self.labels):
-            digest.update(x.cpu().contiguous().numpy())
+            digest.update(x.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
 # %% ../nbs/20_data.ipynb #3212c999
@@ -340,7 +341,7 @@ def image_folder(
     base = find(path, root)
     other = None if test_path is None else find(test_path, root, "test_path")
     listed = _labelled(base)
-    chosen = _choose(listed, other and _labelled(other), split, test_share)
+    chosen = _choose(listed, _labelled(other) if other else None, split, test_share)
     classes = tuple(sorted({kind for kind, _ in listed.values()}))
     odd = sorted({kind for kind, _ in chosen.values()} - set(classes))
     if odd or not chosen:

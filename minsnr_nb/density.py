@@ -309,8 +309,8 @@ def cosmap_density(
 class LossSecondMoment(Density):
     "Draws levels in proportion to the size of their recent losses, without a bias"
 
-    losses: Tensor = field(default=None)  # The last losses of each level, (T, history), float64
-    seen: Tensor = field(default=None)  # Losses ever seen of each level, (T,), int64
+    losses: Tensor = field(default=None)  # type: ignore[assignment]  # The last losses of each level, (T, history), float64
+    seen: Tensor = field(default=None)  # type: ignore[assignment]  # Losses ever seen of each level, (T,), int64
     uniform_prob: float = 0.001  # Share that is drawn uniformly
 
     def observe(
@@ -336,7 +336,8 @@ class LossSecondMoment(Density):
             size = torch.ones_like(size)
         even = self.uniform_prob / len(size)
         self.probs.copy_((1 - self.uniform_prob) * size / size.sum() + even)
-        self.factor.copy_(1 / (len(size) * self.probs))
+        if self.factor is not None:
+            self.factor.copy_(1 / (len(size) * self.probs))
 
     def state(self) -> dict[str, Tensor]:
         "Collect what has been learnt, for a checkpoint"

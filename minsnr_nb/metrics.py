@@ -79,7 +79,7 @@ def cloud(
     "Prepare a set of features"
     z = features.double() / features.shape[1] ** 0.5
     z = torch.cat([z, z.new_ones(len(z), 1)], 1)
-    embedded = sum(squares.T @ part for squares, part in map(_cubes, z.split(1024)))
+    embedded: Any = sum(squares.T @ part for squares, part in map(_cubes, z.split(1024)))
     return Cloud(z, embedded, kernel_sums(z, embedded) - z.square().sum(1) ** 3)
 
 # %% ../nbs/61_metrics.ipynb #4925b653
@@ -91,7 +91,7 @@ def mmd2(
     sets = [(x, kernel_sums(x.z, y.embedded)), (y, kernel_sums(y.z, x.embedded))]
     within = [s.own.sum() / (len(s.z) * (len(s.z) - 1)) for s, _ in sets]
     value = within[0] + within[1] - 2 * sets[0][1].mean() / len(y.z)
-    variance = 0.0
+    variance: Any = 0.0
     for (s, across), other in zip(sets, reversed(within), strict=True):
         m, n = len(s.z), len(x.z) + len(y.z) - len(s.z)
         without = (s.own.sum() - 2 * s.own) / ((m - 1) * (m - 2)) + other

@@ -69,7 +69,7 @@ class Objective:
             learned = 1 if self.uncertainty is None else (-self.uncertainty(t)).exp()
             self.density.observe(t, weighted * learned)
         if self.uncertainty is not None:
-            self.uncertainty.observe(t, weighted)
+            self.uncertainty.observe(t, weighted)  # type: ignore[operator]
 
     def to(
         self,
@@ -210,8 +210,8 @@ class SnrBins(NamedTuple):
     "Ranges of log SNR, the noisiest first"
 
     edges: Tensor  # log SNR between bins, (K + 1,), rising, float64
-    index: Tensor  # Bin of each timestep, (T,), int64
-    count: Tensor  # Timesteps in each bin, (K,), int64, all >= 1
+    index: Tensor  # type: ignore[assignment]  # Bin of each timestep, (T,), int64
+    count: Tensor  # type: ignore[assignment]  # Timesteps in each bin, (K,), int64, all >= 1
 
     @property
     def centre(self) -> Tensor:
@@ -328,7 +328,7 @@ def probe_loss(
         answers = list(_answers(model, images, on_device, prediction, *how))
     t, error = (torch.cat(column).cpu() for column in zip(*answers, strict=True))
     snr = schedule.snr.cpu()[t]
-    result = {"mean": {}, "per_bin": {}, "per_image": {}, "per_image_bin": {}}
+    result: dict[str, dict] = {"mean": {}, "per_bin": {}, "per_image": {}, "per_image_bin": {}}
     for name in ("x0", "eps", "v"):
         there = error * error_ratio(name, snr) / error_ratio(prediction, snr, sigma_data)
         table = there.view(len(images), draws, len(bins.count)).mean(1)

@@ -276,7 +276,7 @@ def _in_chunks(
     yield from zip(*(x.split(max(1, CHUNK // len(source.images))) for x in (x_t, t)), strict=True)
 
 
-@patch
+@patch  # type: ignore[no-redef]
 def denoise(  # noqa: F811  the method of another class
     self: Empirical,
     x_t: Tensor,  # Noised images, (B, *shape)
@@ -306,7 +306,7 @@ def left_over_of_data(
     return torch.cat(parts)
 
 # %% ../nbs/23_toy.ipynb #fe6c0ce0
-@patch
+@patch  # type: ignore[no-redef]
 def x0_floor(  # noqa: F811  the method of another class
     self: Empirical,
     schedule: NoiseSchedule,  # T levels
@@ -322,7 +322,7 @@ def x0_floor(  # noqa: F811  the method of another class
     return estimate(torch.stack(left))
 
 
-@patch
+@patch  # type: ignore[no-redef]
 def min_x0_mse(  # noqa: F811  the method of another class
     self: Empirical,
     schedule: NoiseSchedule,  # T levels
@@ -346,7 +346,8 @@ def loss_floor(
         raise ConfigError("min_loss: for a data set an `rng` is needed for the draws")
     extra = {} if isinstance(source, Gaussian) else {"rng": rng, **draws}
     rate = error_ratio(prediction, schedule.snr, sigma_data)
-    return Estimate(*(part * rate for part in source.x0_floor(schedule, **extra)))
+    floor = source.x0_floor(schedule, **extra)  # type: ignore[union-attr]
+    return Estimate(*(part * rate for part in floor))
 
 
 def min_loss(

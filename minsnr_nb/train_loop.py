@@ -8,7 +8,7 @@ __all__ = ['Batch', 'draw_batch', 'TrainState', 'lr_at', 'make_optimizer', 'Step
 
 # %% ../nbs/50_train_loop.ipynb #52f50ad9
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -240,7 +240,9 @@ class Loop:
     sample: Callable[[nn.Module, int], Tensor] = _nothing  # (network, n) -> images
     evaluate: Callable[[TrainState], dict[str, float]] = _nothing
     stop: bool = False  # A callback may ask for an early, orderly end
-    seconds: Counter = field(default_factory=Counter)  # Spent on data, step, evaluation, …
+    seconds: dict[str, float] = field(
+        default_factory=lambda: defaultdict(float)
+    )  # Spent on data, step, evaluation, …
 
     @property
     def done(self) -> bool:

@@ -84,8 +84,9 @@ def cosines(
     seen = low.diagonal() > 0  # a gradient that the halves agree on
     hidden = ~(seen[:, None] & seen[None, :])
     ends = torch.quantile(true[1:], tails, dim=0)
-    true, *ends = (x.masked_fill(hidden, torch.nan) for x in (true[0], *ends))
-    return Cosines((raw + raw.T) / 2, true, *ends, high < 0, across[0])
+    seen_only = lambda x: x.masked_fill(hidden, torch.nan)  # noqa: E731
+    bounds = seen_only(ends[0]), seen_only(ends[1])
+    return Cosines((raw + raw.T) / 2, seen_only(true[0]), *bounds, high < 0, across[0])
 
 # %% ../../nbs/analysis/15_conflict.ipynb #7d30f782
 def _show_matrix(

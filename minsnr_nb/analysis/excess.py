@@ -37,7 +37,7 @@ def exact_model(
     "Make the network that no training can beat"
 
     def model(x_t: Tensor, t: Tensor) -> Tensor:
-        best = source.denoise(x_t, t, schedule)
+        best = source.denoise(x_t, t, schedule)  # type: ignore[union-attr]
         return convert(best, x_t, t, schedule, source="x0", to=prediction, sigma_data=sigma_data)
 
     return model
@@ -174,8 +174,8 @@ def draw_all(
     x0 = {seed: source.sample(n, stream(seed, "data")) for _, seed in members}
     eps = {s: stream(s, "noise").normal(n, tuple(x.shape[1:])) for s, x in x0.items()}
     t = [o.density.draw(stream(seed, "timestep"), n) for o, seed in members]
-    by_member = (torch.stack([draws[seed] for _, seed in members]) for draws in (x0, eps))
-    return *by_member, torch.stack(t)
+    images, noise = (torch.stack([d[seed] for _, seed in members]) for d in (x0, eps))
+    return images, noise, torch.stack(t)
 
 # %% ../../nbs/analysis/13_excess.ipynb #bcfbb6d9
 def members_loss(

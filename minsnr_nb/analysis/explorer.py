@@ -126,7 +126,8 @@ def view(
     drawn |= {
         (SHARE, k): s.flip(0).cumsum(0).flip(0) for k, s in (("loss", loss), ("noise", noise))
     }
-    clean = tuple(s[snr > 5].sum().item() for s in (probs, loss, noise))
+    share = lambda s: s[snr > 5].sum().item()  # noqa: E731
+    clean = share(probs), share(loss), share(noise)
     mean = (probs * seen["predicted"]).sum().item()
     return View(o.schedule.log_snr, drawn, effective_sample_size(o), mean, clean, o.density.note)
 
@@ -144,7 +145,7 @@ def panels() -> tuple[Any, dict]:  # Figure, and its lines by (panel, name)
     import matplotlib
 
     with matplotlib.rc_context(LOOK):
-        fig, lines = figure(), {}
+        fig, lines = figure(), dict[tuple[str, str], Any]()
         fig.set_size_inches(7.6, 4.8)
         for ax, (title, (limits, names)) in zip(
             fig.subplots(2, 2).flat, PANELS.items(), strict=True
@@ -279,7 +280,8 @@ class Chooser:
         import ipywidgets as widgets
 
         self.registry, self.changed, self.own = registry, changed, dict(own)
-        self.first, self.controls = dict(section), {}
+        self.first = dict(section)
+        self.controls: dict[str, Any] = {}
         menu = {"options": list(registry), "value": section["name"], "description": registry.lane}
         self.menu = widgets.Dropdown(**menu, layout=widgets.Layout(width="290px"))
         self.menu.style.description_width = "110px"

@@ -111,8 +111,8 @@ def _search(
     start = [math.log(v) if k in family.positive else v for k, v in family.free.items()]
     if len(start) == 1:
         middle = min([start[0], *range(-10, 11, 2)], key=lambda x: far([x]))
-        bounds, options = (middle - 2, middle + 2), {"xatol": 1e-8}
-        best = minimize_scalar(lambda x: far([x]), bounds=bounds, options=options)
+        bounds = (middle - 2, middle + 2)
+        best = minimize_scalar(lambda x: far([x]), bounds=bounds, options={"xatol": 1e-8})
         return _numbers([best.x], family)
     corners = [[s + 0.5 * (i == j) for i, s in enumerate(start)] for j in range(len(start))]
     options = {"xatol": 1e-7, "fatol": 1e-9, "maxiter": 250, "initial_simplex": [start, *corners]}
@@ -165,7 +165,7 @@ def _match(
 ) -> Match:
     "Compare the weights with one scheme"
     off, factor = proportional(values, known(family, numbers))
-    summary = inspect.getdoc(family.entry).split("\n")[0]
+    summary = (inspect.getdoc(family.entry) or "").split("\n")[0]
     fitted = family.changed + sum(v != family.free[k] for k, v in numbers.items())
     said = fitted, len(family.free), digits
     keywords = {**numbers, **family.fixed}

@@ -161,10 +161,10 @@ def read_image(
                 raise ValueError(f"it has more than 8 bits per channel (mode {image.mode})")
             if channels is None:
                 channels = 1 if image.mode in ("1", "L", "LA") else 3
-            image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
             if size:
-                image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-            return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+                upright = ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
+            return np.atleast_3d(np.asarray(upright)).transpose(2, 0, 1)
     except UnidentifiedImageError:
         reason = "it is no image"
     except Exception as e:  # a decoder may raise anything on damaged data
