@@ -503,7 +503,8 @@ def _portable(verb: str, words: list[str]) -> list[str]:
     "Write absolute data paths relative to the data directory"
     from minsnr_nb.settings import project_root, settings
 
-    given = {w: Path(m[2]).expanduser() for w in words if (m := _DATA.fullmatch(w))}
+    able = "overrides" in _places(verb, inspect.Parameter.VAR_POSITIONAL)
+    given = {w: Path(m[2]).expanduser() for w in words if able and (m := _DATA.fullmatch(w))}
     given = {w: path.resolve() for w, path in given.items() if path.is_absolute()}
     if not given:
         return words
@@ -563,9 +564,8 @@ def _help(verb: str) -> str:
     if verb != "train":
         return text
     from minsnr_nb.lab import config_help
-    from minsnr_nb.registry import load_plugins
 
-    load_plugins()
+    _tell_plugins()
     rows = config_help()
     keys = [row for row in rows if "key" in row]
     lanes = [row for row in rows if "lane" in row]

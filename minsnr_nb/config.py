@@ -482,7 +482,7 @@ class _Composed(NamedTuple):
     overrides: tuple[dict, ...]
     home: Path | None  # the file that says `extensions`
 
-
+# %% ../nbs/00_config.ipynb #1cf5bccb
 def _compose(sources: tuple, overrides: Iterable[str]) -> _Composed:
     "Lay sources and overrides over each other"
     data, where, name, log, home = {}, {}, "settings", [], None

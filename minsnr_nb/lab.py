@@ -205,7 +205,7 @@ def pick_device(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         if re.sub(r":\d+$", "", name) not in DEVICES:
-            raise ConfigError(f"device: no device {name!r}" + nearest(name, DEVICES)) from None
+            raise ConfigError(f"device: {name!r} is none" + nearest(name, DEVICES)) from None
         raise ConfigError(f"device: {name!r} cannot be used: {str(e).splitlines()[0]}") from None
     return device
 

@@ -24,9 +24,10 @@ from .record.events import read_events
 from .lab import build, load
 from .metrics import feature_net, frechet, moments, real_moments
 from .settings import project_root
+from .settings import settings as read_settings
 from .record.strict_json import read_json
 from .record.checks import check_run, contract_report
-from .record.directory import Run, list_runs, open_run
+from .record.directory import Run, find_run, list_runs, open_run
 from .record.state import derive_state
 from .seeds import stream
 
@@ -100,21 +101,23 @@ def run_study(
     settings: Mapping,  # From `settings_of`
     *,
     run_root: str = "",  # Where runs live; settings.ini decides when empty
-    resume: str = "",  # A run of an earlier execution to continue
+    resume: str = "",  # A run of an earlier execution to continue, or its id
 ) -> Study:
     "Train every arm, or continue an earlier execution"
     sources = {arm: (find_config(config), settings, change) for arm, change in arms.items()}
     for source in sources.values():
         build(load(*source).cfg)
-    old = group_of(open_run(resume)) if resume else {}
+    here = Path(run_root or read_settings(project_root())["runs"])
+    earlier = open_run(find_run(resume, lambda: here)) if resume else None
+    old = group_of(earlier) if earlier else {}
     note = {"name": name, "group": _group(old) or secrets.token_hex(4)}
     runs = {}
     for arm, source in sources.items():
         if arm in old:
-            runs[arm] = resume_run(old[arm].path, *source)
+            runs[arm] = resume_run(old[arm].path, *source, warn=print)
         else:
-            root = run_root or (open_run(resume).path.parent.parent if resume else None)
-            runs[arm] = train_run(*source, run_root=root, study=note | {"arm": arm})
+            root = run_root or (earlier.path.parent.parent if earlier else None)
+            runs[arm] = train_run(*source, run_root=root, study=note | {"arm": arm}, warn=print)
     return Study(name, runs)
 
 
