@@ -20,7 +20,7 @@ from torch import nn
 
 from .checkpoint import restore, save_checkpoint
 from .record.generations import CheckpointError, find_checkpoint
-from .config import Config, config_diff, config_sha256
+from .config import Config, config_diff
 from .errors import ConfigError, MinsnrError
 from .durable import claim, digest, sha256
 from .evaluate import report
@@ -114,7 +114,7 @@ def config_of(
 ) -> Config:  # As it was resolved when the run began
     "Read a run's own config and make sure that nobody has edited it"
     cfg = load(run.config_path).cfg
-    if config_sha256(cfg) != run.provenance()["config"]["resolved_sha256"]:
+    if sha256(run.config_path) != run.provenance()["config"]["resolved_sha256"]:
         raise ConfigError(
             f"{run.config_path}: has changed since the run began; restore it (config_resolved.yaml is a copy)"
         )
@@ -418,9 +418,9 @@ def promote_run(
     "Copy a run's averaged weights into the models, under a name and a version"
     run, root = open_run(path), Path(models or settings(project_root())["models"])
     _, lab = load_network(run, weights, "cpu")
-    about = {"shape": lab.train.shape, "step": _weights_step(run, weights)}
-    how = {"weights": weights, "licence": licence, "evaluation": evaluation}
-    return promote(run, name, root, **about, **how)
+    how: dict[str, Any] = {"weights": weights, "licence": licence, "evaluation": evaluation}
+    step = _weights_step(run, weights)
+    return promote(run, name, root, shape=lab.train.shape, step=step, **how)
 
 # %% ../nbs/72_api.ipynb #2491b518
 def _opened(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .callbacks import CALLBACKS
 from .config import NonNegativeInt, PositiveInt, config_sha256
-from .durable import create, digest, make_dir, publish, remove, replace
+from .durable import create, digest, make_dir, publish, remove, replace, sha256
 from .guard import tensor_bytes
 from .record.directory import Run
 from .record.generations import CheckpointError, Found, current, generations
@@ -86,13 +86,13 @@ KEEP = 2  # generations of ckpts/last
 
 
 def conditions(
-    loop: Loop,  # Its device
+    device: torch.device,  # Where the run computes
 ) -> dict:
     "Name what, besides the config, decides the bits of a run"
     return {
         "torch": torch.__version__,
         "num_threads": torch.get_num_threads(),
-        "device": loop.device.type,
+        "device": device.type,
         "world_size": 1,
     }
 
@@ -112,11 +112,17 @@ def make_manifest(
         "step": state.step,
         "epoch": state.step * loop.cfg.train.batch_size // len(loop.images),
         "files": digests,
-        "config_sha256": config_sha256(loop.cfg),
+        "config_sha256": _config_digest(loop),
         "metrics": loop.log.offset() if loop.log else None,
-        **conditions(loop),
+        **conditions(loop.device),
         "created_at_utc": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def _config_digest(loop: Loop) -> str:
+    "Of the file in the run: a key that came later must not make old checkpoints strange"
+    path = loop.run.config_path
+    return sha256(path) if path.is_file() else config_sha256(loop.cfg)
 
 # %% ../nbs/52_checkpoint.ipynb #25a71d75
 def save_checkpoint(

@@ -97,6 +97,12 @@ class TrainSection(BaseModel):
     "Mirror images at random"
     precision: Literal["fp32", "bf16"] = "fp32"
     "Of the network; weights and sums stay fp32"
+    deterministic: bool = False
+    "Only algorithms that repeat their bits; an operation without one is an error"
+    tf32: bool = False
+    "Let a GPU round the inputs of products to 10 bits"
+    compile: bool = False
+    "Compile the network; worth minutes of waiting on a GPU only"
     log_every: PositiveInt = 50
     "Steps between lines of the log"
     checkpoint_every: PositiveInt = 500
@@ -225,7 +231,7 @@ def mistakes(
     for loc, kind, msg, given in found:
         if kind == "extra_forbidden":
             msg = "unknown key" + nearest(
-                loc[-1], [*_known(model, loc[:-1]), *(also if len(loc) == 1 else ())]
+                str(loc[-1]), [*_known(model, loc[:-1]), *(also if len(loc) == 1 else ())]
             )
         elif kind == "missing":
             msg = "this key is needed"
@@ -237,7 +243,7 @@ def mistakes(
 # %% ../nbs/00_config.ipynb #7c73e13c
 def cross_problems(cfg: "Config") -> list[tuple[tuple, str]]:
     "List combinations of valid keys that make no sense together"
-    out = []
+    out: list[tuple[tuple, str]] = []
     if cfg.objective.prediction == "eps" and cfg.schedule.zero_terminal_snr:
         msg = "'eps' cannot be used with schedule.zero_terminal_snr: x0 is unknown at SNR = 0; use 'x0', 'v', 'u' or 'F'"
         out.append((("objective", "prediction"), msg))
@@ -342,7 +348,7 @@ def _resolve(data: dict, source: str) -> dict:
     with _told(source):
         if _size(data, data, (), {}) > MAX_BYTES:
             raise ConfigError(f"{source}: references make it larger than {MAX_BYTES} characters")
-        return OmegaConf.to_container(OmegaConf.create(data), resolve=True)
+        return dict(OmegaConf.to_container(OmegaConf.create(data), resolve=True))  # type: ignore[arg-type]
 
 # %% ../nbs/00_config.ipynb #f358e208
 _VARIABLE = re.compile(r"\$\{env:([A-Za-z_]\w*)\}")
@@ -446,7 +452,7 @@ def _check_lanes(plain: dict, lanes: Mapping) -> tuple[dict, list]:
     for section, registry in lanes.items():
         field = Config.model_fields[section]
         many = isinstance(field.default, tuple)
-        own = Lane.model_fields if many else field.annotation.model_fields
+        own = Lane.model_fields if many else getattr(field.annotation, "model_fields", {})
         value = plain.get(section, frozen(Config().model_dump()[section]))
         whole = value if many and isinstance(value, tuple) else (value,)
         paths = [(section, i) if many else (section,) for i in range(len(whole))]
@@ -470,7 +476,7 @@ def _report(found: list, where: dict, source: str) -> None:
 def _merge(data: dict, new: dict, source: str) -> dict:
     "Lay one source over another; `${` that never closes is found here"
     with _told(source):
-        return OmegaConf.to_container(OmegaConf.merge(data, new))
+        return dict(OmegaConf.to_container(OmegaConf.merge(data, new)))  # type: ignore[arg-type]
 
 # %% ../nbs/00_config.ipynb #780f0401
 class _Composed(NamedTuple):
@@ -485,7 +491,9 @@ class _Composed(NamedTuple):
 # %% ../nbs/00_config.ipynb #1cf5bccb
 def _compose(sources: tuple, overrides: Iterable[str]) -> _Composed:
     "Lay sources and overrides over each other"
-    data, where, name, log, home = {}, {}, "settings", [], None
+    data: dict = {}
+    where: dict = {}
+    name, log, home = "settings", [], None
     for source in sources:
         new, places, name = _read(source)
         if "extensions" in new:

@@ -188,7 +188,8 @@ def images(
     "Load both splits, or take them from the last call"
     name, keywords = cfg.data.name, json.dumps(cfg.data.keywords)
     entry = DATASETS[name]  # two runs may bring different ones of one name
-    return tuple(_images(entry, name, keywords, root, split) for split in ("train", "test"))
+    pick = lambda split: _images(entry, name, keywords, root, split)  # noqa: E731
+    return pick("train"), pick("test")
 
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")  # what a misspelt name is compared with
@@ -229,7 +230,10 @@ class Lab:
         with fixed_torch(self.cfg.seed, "init"):
             model = self.make_model(self.train.shape)
         model = model.to(self.device)
-        return TrainState(model, self.average(model), make_optimizer(model, self.cfg.optim))
+        state = TrainState(model, self.average(model), make_optimizer(model, self.cfg.optim))
+        if self.cfg.train.compile:
+            model.compile()  # in place: names of parameters stay, the average is not compiled
+        return state
 
 # %% ../nbs/70_lab.ipynb #25887305
 def build(

@@ -50,6 +50,9 @@ OTHER = {  # another value for each key; a key that is missing here fails the fi
     "train.batch_size": 8,
     "train.flip": True,
     "train.precision": "bf16",
+    "train.deterministic": True,
+    "train.tf32": True,
+    "train.compile": True,
     "train.log_every": 1,
     "train.checkpoint_every": 1,
     "sampler": {"name": "ddpm"},
@@ -63,6 +66,7 @@ OTHER = {  # another value for each key; a key that is missing here fails the fi
     "eval.probe_draws": 1,
 }
 SAME_NUMBERS = {"eval.batch_size"}  # a batch changes memory and time, never what is measured
+ELSEWHERE = {"extensions", "start"}  # in test_extensions and test_evaluations
 
 
 def keys() -> list[str]:
@@ -94,6 +98,7 @@ def facts(run: Run) -> dict:
     tensors = [api.read_tensors(p) for p in sorted(run.checkpoints_dir.glob("*"))]
     weights = [{k: v.tolist() for k, v in found.items()} for found in tensors]
     about = {"project": run.path.parent.name, "study": stamp.get("study")}
+    about["determinism"] = stamp["determinism"]
     return about | {"log": log, "files": files, "weights": weights}
 
 
@@ -103,7 +108,7 @@ def base(tmp_path_factory) -> dict:
 
 
 def test_every_key_has_another_value():
-    assert sorted(keys()) == sorted(OTHER)
+    assert sorted(keys()) == sorted(OTHER.keys() | ELSEWHERE)
 
 
 def test_every_key_same_settings_change_nothing(base, tmp_path):
@@ -112,8 +117,11 @@ def test_every_key_same_settings_change_nothing(base, tmp_path):
 
 
 @pytest.mark.parametrize("key", sorted(OTHER.keys() - SAME_NUMBERS))
-def test_every_key_changes_something(key, base, tmp_path):
+def test_every_key_changes_something(key, base, tmp_path, monkeypatch):
+    compiled = []  # without waiting for a compiler, which a bare machine may not have
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
     assert facts(api.train_run(changed(key), run_root=tmp_path, device="cpu")) != base
+    assert bool(compiled) == (key == "train.compile")
 
 
 def test_every_key_of_evaluation_is_read(monkeypatch):

@@ -99,7 +99,9 @@ def excess_loss(
 
 # %% ../../nbs/analysis/13_excess.ipynb #7a4dae9e
 class SmallNet(nn.Module):
-    "Two hidden layers, told log SNR"
+    "Two hidden layers that get log SNR"
+
+    level: Tensor  # What the network sees of each level, (T, 5)
 
     def __init__(
         self,

@@ -102,7 +102,7 @@ def list_images(
     if left:
         text = f"data.path: {path}: left out {left}, which cannot be read; convert them to .png or .jpg"
         warnings.warn(text, MinsnrWarning, stacklevel=2)
-    _refuse_bombs(path, {name: sizes for name, (_, sizes) in found.items()})
+    _refuse_bombs(path, {name: (sizes[0], sizes[1]) for name, (_, sizes) in found.items()})
     return {name: found[name][0] for name in sorted(found)}
 
 # %% ../../nbs/images/10_files.ipynb #b6131052
