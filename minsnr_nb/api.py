@@ -78,7 +78,7 @@ def train_run(
         announce(run)
     return run_to_end(run, lab, warn, begin=begin)
 
-
+# %% ../nbs/72_api.ipynb #009ccc16
 def _start(cfg: Config, lab: Lab) -> tuple[Callable[[Loop], None] | None, dict | None]:
     "How a run begins with a promoted model's weights, and what its record says of it"
     if not cfg.start:
@@ -149,7 +149,7 @@ def resume_run(
     close(run, warn)
     return run
 
-
+# %% ../nbs/72_api.ipynb #0eac4a86
 def _begin_again(run: Run, cfg: Config, lab: Lab) -> Callable[[Loop], None] | None:
     "A run without a checkpoint begins once more with its model, if that is still the same"
     if "model" not in (run.provenance().get("lineage") or {}) or find_checkpoint(run)[0]:
@@ -267,7 +267,7 @@ def _keep(about: Judged, record: dict, guests: list[Callback], own: bool, warn: 
             write_summary(run)
     warn(f"evaluation {record['id']}: kept in {path.relative_to(run.path)}")
 
-
+# %% ../nbs/72_api.ipynb #ae2099ed
 def _tell(path: Path, record: dict, warn: Callable) -> None:
     "Say that an evaluation had been made, and whether it gave the same values"
     then = read_record(path)
@@ -379,7 +379,7 @@ def fork_run(
         save_checkpoint(loop)
     return run_to_end(run, lab, warn)
 
-
+# %% ../nbs/72_api.ipynb #8a385f49
 def _child(parent: Run, lab: Lab, reason: str) -> tuple[Loop, dict]:
     "A loop in the state of the parent's checkpoint, and where that came from"
     found, _ = find_checkpoint(parent)

@@ -119,7 +119,7 @@ def config_schema() -> dict:
         )
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
-
+# %% ../nbs/70_lab.ipynb #dce0f891
 def _own(schema: dict, section: str) -> dict:
     "Properties that a lane section has besides its entry's"
     return schema["$defs"]["ScheduleLane"]["properties"] if section == "schedule" else {}
@@ -236,6 +236,54 @@ class Lab:
         return state
 
 # %% ../nbs/70_lab.ipynb #25887305
+def _objective(cfg: Config) -> Objective:
+    "Schedule, density, weighting and what is learnt beside them"
+    schedule = SCHEDULES.bind(cfg.schedule.name, cfg.schedule.keywords)(cfg.schedule.timesteps)
+    if cfg.schedule.zero_terminal_snr:
+        schedule = zero_terminal_snr(schedule)
+    return make_objective(
+        schedule,
+        cfg.objective.prediction,
+        cfg.loss.name,
+        cfg.loss.keywords,
+        make_density(cfg.density.name, schedule, cfg.density.keywords),
+        cfg.objective.sigma_data,
+        UNCERTAINTIES.bind(cfg.uncertainty.name, cfg.uncertainty.keywords)(schedule),
+    )
+
+
+def _parts(cfg: Config) -> dict:
+    "What is made anew for every training: network, average, callbacks"
+    return {
+        "make_model": MODELS.bind(cfg.model.name, cfg.model.keywords),
+        "average": WRAPPERS.bind(cfg.ema.name, cfg.ema.keywords),
+        "callbacks": tuple(CALLBACKS.bind(c.name, c.keywords) for c in cfg.callbacks),
+    }
+
+# %% ../nbs/70_lab.ipynb #f2df886d
+def _build(cfg: Config, device: str | None) -> Lab:
+    "Look up every name while own code is visible"
+    here = settings(project_root())
+    where = pick_device(device or here["device"])
+    train_set, test_set = images(cfg, Path(here["data"]))
+    if where.type != "cpu":
+        train_set = train_set.to(where)
+    objective = _objective(cfg)
+    evaluator = Evaluator(
+        train=train_set,
+        test=test_set,
+        schedule=objective.schedule,
+        prediction=cfg.objective.prediction,
+        sigma_data=cfg.objective.sigma_data,
+        sampler=SAMPLERS.bind(cfg.sampler.name, cfg.sampler.keywords),
+        metrics={m.name: METRICS.bind(m.name, m.keywords) for m in cfg.metrics},
+        cfg=cfg.eval,
+        seed=cfg.seed,
+        device=where,
+    )
+    return Lab(cfg, where, train_set, test_set, objective.to(where), evaluator, **_parts(cfg))
+
+# %% ../nbs/70_lab.ipynb #205baed5
 def build(
     cfg: Config,  # Checked by `load`
     device: str | None = None,  # Overrides settings.ini
@@ -245,48 +293,3 @@ def build(
         lab = _build(cfg, device)
     lab.state()  # a network that cannot be built is a wrong request, too
     return lab
-
-
-def _build(cfg: Config, device: str | None) -> Lab:
-    "Look up every name while own code is visible"
-    here = settings(project_root())
-    where = pick_device(device or here["device"])
-    train_set, test_set = images(cfg, Path(here["data"]))
-    if where.type != "cpu":
-        train_set = train_set.to(where)
-    schedule = SCHEDULES.bind(cfg.schedule.name, cfg.schedule.keywords)(cfg.schedule.timesteps)
-    if cfg.schedule.zero_terminal_snr:
-        schedule = zero_terminal_snr(schedule)
-    density = make_density(cfg.density.name, schedule, cfg.density.keywords)
-    target = (
-        cfg.objective.prediction,
-        cfg.loss.name,
-        cfg.loss.keywords,
-        density,
-        cfg.objective.sigma_data,
-        UNCERTAINTIES.bind(cfg.uncertainty.name, cfg.uncertainty.keywords)(schedule),
-    )
-    objective = make_objective(schedule, *target)
-    evaluator = Evaluator(
-        train=train_set,
-        test=test_set,
-        schedule=schedule,
-        prediction=cfg.objective.prediction,
-        sigma_data=cfg.objective.sigma_data,
-        sampler=SAMPLERS.bind(cfg.sampler.name, cfg.sampler.keywords),
-        metrics={m.name: METRICS.bind(m.name, m.keywords) for m in cfg.metrics},
-        cfg=cfg.eval,
-        seed=cfg.seed,
-        device=where,
-    )
-    return Lab(
-        cfg,
-        where,
-        train_set,
-        test_set,
-        objective.to(where),
-        evaluator,
-        make_model=MODELS.bind(cfg.model.name, cfg.model.keywords),
-        average=WRAPPERS.bind(cfg.ema.name, cfg.ema.keywords),
-        callbacks=tuple(CALLBACKS.bind(c.name, c.keywords) for c in cfg.callbacks),
-    )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'switches', 'new_run', 'tell_papermill', 'Heartbeat', 'RunFailed', 'SlowSteps', 'recorded', 'threads',
-           'decided', 'make_loop', 'quiet', 'run_to_end', 'close']
+           'decided', 'make_loop', 'quiet', 'close', 'run_to_end']
 
 # %% ../nbs/71_runner.ipynb #79706e11
 import json
@@ -190,6 +190,31 @@ class SlowSteps(Callback):
             self._told = True
 
 # %% ../nbs/71_runner.ipynb #0ae38972
+class _Ending:
+    "How a run's end is written down"
+
+    def __init__(self, run: Run, loop: Loop, attempt: int):
+        self.run, self.loop, self.attempt = run, loop, attempt
+        self.put = partial(set_status, run, total_steps=loop.cfg.train.steps, attempt=attempt)
+
+    def sum_up(self) -> None:
+        fence(self.run, self.attempt)
+        self.loop.log.sync()  # the summary must not outlive lines that it counts
+        write_summary(self.run)
+
+    def bad(self, state: str, e: BaseException, step: int, reason: str, **more: Any) -> None:
+        code = getattr(e, "exit_code", 1)
+        exit = {"code": code, "signal": None, "type": type(e).__name__, "message": str(e)[:1000]}
+        with suppress(MinsnrError):  # a full disk must not hide why the run ended
+            self.sum_up()
+            self.put(state, step=step, reason=reason, exit=exit | more)
+
+    def good(self) -> None:
+        self.sum_up()
+        done = {"code": 0, "signal": None, "type": None, "message": None}
+        self.put("completed", step=self.loop.state.step, exit=done)
+
+# %% ../nbs/71_runner.ipynb #974bf7d2
 @contextmanager
 def recorded(
     run: Run,
@@ -197,44 +222,26 @@ def recorded(
     attempt: int,
 ) -> Iterator[None]:
     "Keep the run's status true, whatever happens inside"
-    put = partial(set_status, run, total_steps=loop.cfg.train.steps, attempt=attempt)
-
-    def summed_up() -> None:
-        fence(run, attempt)
-        loop.log.sync()  # the summary must not outlive lines that it counts
-        write_summary(run)
-
-    def ended(state: str, e: BaseException, step: int, reason: str, **more: Any) -> None:
-        with suppress(MinsnrError):  # a full disk must not hide why the run ended
-            summed_up()
-            put(state, step=step, reason=reason, exit=_exit(e) | more)
-
-    put("running", step=loop.state.step)
+    ending = _Ending(run, loop, attempt)
+    ending.put("running", step=loop.state.step)
     try:
         yield
     except NonFiniteLoss as e:
         lifecycle(run, "nonfinite_loss", step=e.step, images=e.index, attempt=attempt)
-        ended("failed", e, e.step, str(e))
+        ending.bad("failed", e, e.step, str(e))
         raise RunFailed(f"{run.path}: {e}") from None
     except Stopped as e:
         lifecycle(run, "stopped", step=e.step, reason=str(e), attempt=attempt)
-        ended("interrupted", e, e.step, str(e), signal=e.signal)
+        ending.bad("interrupted", e, e.step, str(e), signal=e.signal)
         raise
     except KeyboardInterrupt as e:
-        ended("interrupted", e, loop.state.step, "interrupted by the user")
+        ending.bad("interrupted", e, loop.state.step, "interrupted by the user")
         raise
     except Exception as e:
         where = getattr(e, "__notes__", [])[:1]  # the callback, if it was one
-        ended("failed", e, loop.state.step, ": ".join([*where, type(e).__name__, str(e)]))
+        ending.bad("failed", e, loop.state.step, ": ".join([*where, type(e).__name__, str(e)]))
         raise
-    summed_up()
-    done = {"code": 0, "signal": None, "type": None, "message": None}
-    put("completed", step=loop.state.step, exit=done)
-
-
-def _exit(e: BaseException) -> dict:
-    code = getattr(e, "exit_code", 1)
-    return {"code": code, "signal": None, "type": type(e).__name__, "message": str(e)[:1000]}
+    ending.good()
 
 # %% ../nbs/71_runner.ipynb #92a9cfb5
 @contextmanager
@@ -302,50 +309,6 @@ def quiet(*_: Any) -> None:
     "Say nothing"
 
 
-def run_to_end(
-    run: Run,
-    lab: Lab,  # Built from the run's own config
-    warn: Callable[[str], None] = quiet,  # Called with lines a person should see
-    allow: tuple[str, ...] = (),  # Differences that may change bits: "code", "torch", …
-    begin: Callable[[Loop], None] | None = None,  # Changes the state before the first step
-) -> Run:
-    "Train a run to its end, from its newest checkpoint if there is one"
-    found, damaged = find_checkpoint(run)
-    for problem in damaged:
-        warn(f"{run.id}: {problem}; using the checkpoint before it")
-    if found is None:
-        _refuse_orphan(run)
-    origin = _origin(found) if found else None
-    with threads(run.provenance()["determinism"]["num_threads"]), switches(lab.cfg.train):
-        changes = _changes(run, lab, found)
-        _refuse(run, changes, allow)
-        facts = {"device": str(lab.device), "torch": torch.__version__}
-        attempt = start_attempt(run, origin, facts | {"overrides_allowed": sorted(changes)})
-        unseal(run)
-        if found:
-            drop_unannounced(run, found)
-        rewind(run, found.manifest["metrics"]["bytes"] if found else 0, attempt)
-        with printed(run, attempt), EventLog(run, attempt) as log:
-            loop = make_loop(lab, run, log)
-            if found is None and begin is not None:
-                begin(loop)
-            if found:
-                restore(loop, found)
-                for name, change in changes.items():
-                    warn(f"{run.id}: {name}: {change}; the numbers may differ in the last digits")
-            service = Requests(run, attempt)
-            loop.callbacks += [Heartbeat(run, attempt), service]
-            if lab.device.type == "cpu":
-                loop.callbacks.append(SlowSteps(warn))
-            lifecycle(run, "started", attempt=attempt, step=loop.state.step, damaged=damaged)
-            with recorded(run, loop, attempt), catching(service):
-                train(loop)
-                service.check(loop)
-            lifecycle(run, "completed", attempt=attempt, step=loop.state.step)
-    close(run, warn)
-    return run
-
-
 def _refuse_orphan(run: Run) -> None:
     "Without its parent's state a fork would train from nothing, and say otherwise"
     parent = run.provenance().get("lineage") or {}
@@ -374,6 +337,63 @@ def _origin(found: Found) -> dict:
         "step": found.manifest["step"],
         "manifest_sha256": pointer.get("manifest_sha256"),
     }
+
+# %% ../nbs/71_runner.ipynb #14f574f0
+def _claim(
+    run: Run, lab: Lab, found: Found | None, allow: tuple[str, ...]
+) -> tuple[int, dict[str, str]]:
+    "Own the run, with its log where the checkpoint left it: the attempt, and what has changed"
+    changes = _changes(run, lab, found)
+    _refuse(run, changes, allow)
+    facts: dict[str, Any] = {"device": str(lab.device), "torch": torch.__version__}
+    facts |= {"overrides_allowed": sorted(changes)}
+    attempt = start_attempt(run, _origin(found) if found else None, facts)
+    unseal(run)
+    if found:
+        drop_unannounced(run, found)
+    rewind(run, found.manifest["metrics"]["bytes"] if found else 0, attempt)
+    return attempt, changes
+
+
+def _train(run: Run, lab: Lab, loop: Loop, attempt: int, warn: Callable[[str], None]) -> None:
+    "Train on record, answering requests"
+    service = Requests(run, attempt)
+    loop.callbacks += [Heartbeat(run, attempt), service]
+    if lab.device.type == "cpu":
+        loop.callbacks.append(SlowSteps(warn))
+    with recorded(run, loop, attempt), catching(service):
+        train(loop)
+        service.check(loop)
+    lifecycle(run, "completed", attempt=attempt, step=loop.state.step)
+
+# %% ../nbs/71_runner.ipynb #5de8298d
+def run_to_end(
+    run: Run,
+    lab: Lab,  # Built from the run's own config
+    warn: Callable[[str], None] = quiet,  # Called with lines a person should see
+    allow: tuple[str, ...] = (),  # Differences that may change bits: "code", "torch", …
+    begin: Callable[[Loop], None] | None = None,  # Changes the state before the first step
+) -> Run:
+    "Train a run to its end, from its newest checkpoint if there is one"
+    found, damaged = find_checkpoint(run)
+    for problem in damaged:
+        warn(f"{run.id}: {problem}; using the checkpoint before it")
+    if found is None:
+        _refuse_orphan(run)
+    with threads(run.provenance()["determinism"]["num_threads"]), switches(lab.cfg.train):
+        attempt, changes = _claim(run, lab, found, allow)
+        with printed(run, attempt), EventLog(run, attempt) as log:
+            loop = make_loop(lab, run, log)
+            if found is None and begin is not None:
+                begin(loop)
+            if found:
+                restore(loop, found)
+                for name, change in changes.items():
+                    warn(f"{run.id}: {name}: {change}; the numbers may differ in the last digits")
+            lifecycle(run, "started", attempt=attempt, step=loop.state.step, damaged=damaged)
+            _train(run, lab, loop, attempt, warn)
+    close(run, warn)
+    return run
 
 # %% ../nbs/71_runner.ipynb #42005905
 def _changes(run: Run, lab: Lab, found: Found | None) -> dict[str, str]:

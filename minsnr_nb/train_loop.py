@@ -223,7 +223,7 @@ def _nothing(*_: Any) -> Any:
     "Stand in for a sampler or an evaluation that this loop was not given"
     raise ConfigError("this loop was made without a sampler and an evaluation")
 
-
+# %% ../nbs/50_train_loop.ipynb #f88a99f2
 @dataclass
 class Loop:
     "One training run in this process"

@@ -194,11 +194,11 @@ def lifecycle(
     with durable.Appender(run.events_path) as log:
         log.line(line)
 
-# %% ../../nbs/record/18_events.ipynb #f24c865a
+# %% ../../nbs/record/18_events.ipynb #4ce244a2
 MAX_PRINTED = 1 << 20  # bytes of logs/stdout.log
 MORE = f"[more was printed; only the first {MAX_PRINTED} bytes are kept]"
 
-
+# %% ../../nbs/record/18_events.ipynb #f24c865a
 class _Printed:
     "Lines for logs/stdout.log, as long as there is room for them"
 

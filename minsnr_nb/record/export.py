@@ -121,32 +121,22 @@ def ro_crate(
     "Describe an exported run as a process run crate"
     inputs = [{"@id": name} for name in files if name.startswith("config")]
     results = [{"@id": name} for name in files if not name.startswith("config")]
-    when, name = stamp["created_at_utc"], stamp["run_id"]
-    software: dict[str, Any] = {
-        "@id": "#minsnr_nb",
-        "@type": "SoftwareApplication",
-        "name": "minsnr_nb",
-    }
-    software |= {"softwareVersion": stamp.get("source", {}).get("version", "unknown")}
-    action: dict[str, Any] = {
-        "@id": "#run",
-        "@type": "CreateAction",
-        "name": " ".join(stamp["command"]["argv"]),
-    }
-    action |= {"instrument": {"@id": "#minsnr_nb"}, "object": inputs, "result": results}
-    root: dict[str, Any] = {"@id": "./", "@type": "Dataset", "name": f"{stamp['project']}/{name}"}
-    root |= {"description": "A training run of a diffusion model", "datePublished": when}
-    root |= {"conformsTo": {"@id": _PROFILE}, "hasPart": inputs + results}
+    when, program = stamp["created_at_utc"], "#minsnr_nb"
+    software: dict[str, Any] = {"@id": program, "@type": "SoftwareApplication"}
+    version = stamp.get("source", {}).get("version", "unknown")
+    software |= {"name": "minsnr_nb", "softwareVersion": version}
+    action: dict[str, Any] = {"@id": "#run", "@type": "CreateAction", "startTime": when}
+    action |= {"name": " ".join(stamp["command"]["argv"]), "instrument": {"@id": program}}
+    action |= {"object": inputs, "result": results}
+    root: dict[str, Any] = {"@id": "./", "@type": "Dataset", "datePublished": when}
+    root |= {"name": f"{stamp['project']}/{stamp['run_id']}", "conformsTo": {"@id": _PROFILE}}
+    root |= {"description": "A training run of a diffusion model", "hasPart": inputs + results}
     root |= {"mentions": {"@id": "#run"}, "license": "see the project that made the run"}
-    crate: dict[str, Any] = {
-        "@id": "ro-crate-metadata.json",
-        "@type": "CreativeWork",
-        "about": {"@id": "./"},
-    }
-    crate |= {"conformsTo": {"@id": "https://w3id.org/ro/crate/1.1"}}
+    crate: dict[str, Any] = {"@id": "ro-crate-metadata.json", "@type": "CreativeWork"}
+    crate |= {"about": {"@id": "./"}, "conformsTo": {"@id": "https://w3id.org/ro/crate/1.1"}}
     profile = {"@id": _PROFILE, "@type": "CreativeWork", "name": "Process Run Crate"}
     profile |= {"version": "0.5"}
-    graph = [crate, root, profile, software, action | {"startTime": when}, *_listed(files)]
+    graph = [crate, root, profile, software, action, *_listed(files)]
     return {"@context": "https://w3id.org/ro/crate/1.1/context", "@graph": graph}
 
 # %% ../../nbs/record/24_export.ipynb #a4579388

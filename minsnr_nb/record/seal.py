@@ -31,6 +31,18 @@ from .strict_json import to_json, utc_now
 VALIDATOR_VERSION = 1
 
 
+def _texts(run: Run, checks: list[Check]) -> tuple[str, dict[str, Any]]:
+    "The list of files, and the seal over it"
+    head: dict[str, Any] = {"schema_version": 1, "generated_at_utc": utc_now()}
+    entries = list(inventory(run).values())
+    head |= {"algorithm": "sha256", "entries": entries, "excluded": list(EXCLUDED)}
+    text = to_json(head)
+    facts: dict[str, Any] = {"manifest_sha256": durable.digest(text), "state": "completed"}
+    facts |= {"sealed_at_utc": utc_now(), "validator_version": VALIDATOR_VERSION}
+    facts["checks"] = [{"id": c.id, "ok": c.ok} for c in checks]
+    return text, facts | {"digest": seal_digest(facts)}
+
+
 def seal(
     run: Run,  # Complete and sound
 ) -> dict:  # Content of meta/seal.json
@@ -42,21 +54,7 @@ def seal(
         raise MinsnrError(f"{run.path}: not sealed: {bad[0].id} {bad[0].path}: {bad[0].message}")
     rewind(run, durable.whole_lines(run.metrics_path), len(attempts_of(run)))
     write_summary(run)
-    head: dict[str, Any] = {
-        "schema_version": 1,
-        "generated_at_utc": utc_now(),
-        "algorithm": "sha256",
-    }
-    entries = list(inventory(run).values())
-    text = to_json(head | {"entries": entries, "excluded": list(EXCLUDED)})
-    facts: dict[str, Any] = {
-        "manifest_sha256": durable.digest(text),
-        "state": state,
-        "sealed_at_utc": utc_now(),
-    }
-    facts |= {"validator_version": VALIDATOR_VERSION}
-    facts["checks"] = [{"id": c.id, "ok": c.ok} for c in checks]
-    facts["digest"] = seal_digest(facts)
+    text, facts = _texts(run, checks)
     durable.replace(run.path / "meta/manifest.json", text)
     durable.replace(run.path / "meta/seal.json", to_json(facts))
     return facts
