@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minsnr_nb.analysis.explorer import objective_of, settings, summary, view
+from minsnr_nb.analysis.explorer import objective_of, sections, summary, view
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -108,7 +108,7 @@ def test_gamma_is_dragged(lab, browser):
     dragged = float(until(lambda: readout.text != "5.00" and readout.text))
     assert 0.05 < dragged < 4
     expected = summary(
-        view(objective_of(settings(weighting={"name": "min_snr", "gamma": dragged})))
+        view(objective_of(sections(weighting={"name": "min_snr", "gamma": dragged})))
     )
     until(lambda: text.text == expected)
     assert image.screenshot_as_png != before

@@ -132,11 +132,11 @@ def view(
     return View(o.schedule.log_snr, drawn, effective_sample_size(o), mean, clean, o.density.note)
 
 # %% ../../nbs/analysis/17_explorer.ipynb #72634a02
-PANELS = {  # title: its y axis and the names of its curves
-    RAW: ((1e-5, 1e5), ("x0", "eps", "v", "predicted")),
-    EVEN: ((1e-5, 1e5), ("x0", "eps", "v", "predicted")),
-    EFFECTIVE: ((1e-4, 2), ("w(λ) p(λ)",)),
-    SHARE: ((0, 1.05), ("loss", "noise")),
+PANELS = {  # title: name and range of its y axis, and the names of its curves
+    RAW: ("factor", (1e-5, 1e5), ("x0", "eps", "v", "predicted")),
+    EVEN: ("factor / mean", (1e-5, 1e5), ("x0", "eps", "v", "predicted")),
+    EFFECTIVE: ("w(λ) p(λ) / largest", (1e-4, 2), ("w(λ) p(λ)",)),
+    SHARE: ("share below log SNR", (0, 1.05), ("loss", "noise")),
 }
 
 
@@ -147,11 +147,14 @@ def panels() -> tuple[Any, dict]:  # Figure, and its lines by (panel, name)
     with matplotlib.rc_context(LOOK):
         fig, lines = figure(), dict[tuple[str, str], Any]()
         fig.set_size_inches(7.6, 4.8)
-        for ax, (title, (limits, names)) in zip(
+        for ax, (title, (ylabel, limits, names)) in zip(
             fig.subplots(2, 2).flat, PANELS.items(), strict=True
         ):
-            draw_curves(ax, [0], {n: [1] for n in names}, "", "", log_y=limits[0] > 0, title=title)
+            some = {n: [1] for n in names}
+            draw_curves(ax, [0], some, "", ylabel, log_y=limits[0] > 0, title=title)
             ax.set(xlim=(-14, 14), ylim=limits)
+            for line in ax.lines:  # as yet of one point, which would be drawn as a dot
+                line.set_marker("")
             lines |= {(title, n): line for n, line in zip(names, ax.lines, strict=True)}
             if "predicted" in names:
                 ax.lines[-1].set(color=COLOURS[-1], linestyle=":")
@@ -380,7 +383,9 @@ class Explorer:
             self.text.value, self.image.layout.display = html.escape(summary(seen)), None
         except MinsnrError as refused:
             self.image.layout.display = "none"
-            self.text.value = f"<b>refused:</b> {html.escape(str(refused))}"
+            moved = getattr((change or {}).get("owner"), "description", "") if change else ""
+            said = html.escape(f"{moved or 'this choice'}: {refused}")
+            self.text.value = f"<b>refused:</b> {said}"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         "Show the widget; where widgets are not alive, the picture"
