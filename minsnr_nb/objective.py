@@ -124,7 +124,7 @@ def refuse_prediction(
         )
     if prediction == "eps" and (schedule.snr == 0).any():
         raise ConfigError(
-            "objective.prediction: 'eps' can not be used with zero terminal SNR: where the SNR is 0 "
+            "objective.prediction: 'eps' cannot be used with zero terminal SNR: where the SNR is 0 "
             "the noise says nothing about the image; allowed: x0, v, u, F"
         )
 

@@ -347,8 +347,8 @@ BROKEN = {
     ),
     "a function without a line": (
         "docs",
-        add("minsnr_nb/registry.py", "\n\ndef bind(x):\n    return x\n"),
-        "bind: say in one line",
+        add("minsnr_nb/registry.py", "\n\ndef load_plugins(x):\n    return x\n"),
+        "load_plugins: say in one line",
     ),
     "a class with a story": (
         "docs",

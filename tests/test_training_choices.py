@@ -65,7 +65,7 @@ def test_with_zero_terminal_snr_a_choice_trains_or_is_refused_by_rule(loss, pred
     except ConfigError as e:
         refused = str(e)
     if prediction == "eps":
-        assert "can not be used with zero terminal SNR" in refused
+        assert "cannot be used with zero terminal SNR" in refused
     elif loss in GROWS_AT_NOISE:
         assert "inf" in refused and loss in refused
     else:
