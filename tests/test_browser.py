@@ -116,5 +116,9 @@ def test_gamma_is_dragged(lab, browser):
         Path(place).write_bytes(browser.get_screenshot_as_png())
 
     browser.find_element("xpath", "//label[contains(., 'zero_terminal_snr')]/input").click()
-    until(lambda: "refused: zero_terminal_snr: objective.prediction: 'eps' cannot be used" in text.text)
+    until(
+        lambda: (
+            "refused: zero_terminal_snr: objective.prediction: 'eps' cannot be used" in text.text
+        )
+    )
     assert not image.is_displayed()
