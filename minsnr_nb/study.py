@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_config', 'settings_of', 'Study', 'group_of', 'run_study', 'history', 'primary', 'paired_bootstrap', 'Comparison',
-           'compare', 'bin_changes', 'gates', 'verdict', 'run_grid', 'across_seeds']
+           'pair_of', 'compare', 'bin_changes', 'gates', 'verdict', 'run_grid', 'across_seeds']
 
 # %% ../nbs/74_study.ipynb #71634eee
 import json
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .api import config_differences, config_of, load_network, resume_run, train_run
-from .errors import ConfigError
+from .api import config_of, load_network, resume_run, train_run
+from .config import config_diff
+from .errors import ConfigError, nearest
 from .durable import make_dir
 from .record.events import read_events
 from .lab import build, load
@@ -170,13 +171,32 @@ class Comparison:
     pairs: int  # Samples per arm
     images: int  # Probe images
 
+# %% ../nbs/74_study.ipynb #e4a6d10b
+def pair_of(
+    study: Study,
+    arm: str | None = None,  # The arm in question; the other one when there are two
+    baseline: str | None = None,  # What it is compared with; the study's first arm
+) -> tuple[str, str]:  # Both names
+    "Name the two arms of a comparison"
+    names = list(study.runs)
+    baseline = names[0] if baseline is None else baseline
+    others = [name for name in names if name != baseline]
+    if arm is None and len(others) != 1:
+        raise ConfigError(f"arm: say which of {', '.join(others) or 'no other arm'} is meant")
+    arm = others[0] if arm is None else arm
+    for name in (arm, baseline):
+        if name not in names:
+            raise ConfigError(f"no arm {name!r} in this study" + nearest(name, names))
+    return arm, baseline
+
 # %% ../nbs/74_study.ipynb #098085ac
 def compare(
     study: Study,
-    arm: str = "min_snr",
-    baseline: str = "constant",
+    arm: str | None = None,  # The arm in question; the other one when there are two
+    baseline: str | None = None,  # What it is compared with; the study's first arm
 ) -> Comparison:
     "Compare two arms pair by pair"
+    arm, baseline = pair_of(study, arm, baseline)
     nets = {name: load_network(study.runs[name]) for name in (baseline, arm)}
     lab = nets[baseline][1]
     samples = {k: lab.evaluator.draw(net, lab.cfg.eval.samples) for k, (net, _) in nets.items()}
@@ -225,7 +245,8 @@ def _changed(
 ) -> set[str]:  # Sections of the config
     "Find the sections in which arms differ"
     first, *others = [config_of(run) for run in runs]
-    return {d.split(":")[0].split(".")[0] for o in others for d in config_differences(first, o)}
+    found = {key.split(".")[0] for other in others for key in config_diff(first, other)}
+    return found - {"extensions"}  # the code of an entry belongs to the section that uses it
 
 
 def _against_noise(
@@ -268,10 +289,11 @@ def verdict(
     study: Study,
     outcome: Comparison,
     asked: list[tuple[str, bool, str]],  # From `gates`
-    arm: str = "min_snr",
-    baseline: str = "constant",
+    arm: str | None = None,  # As for `compare`
+    baseline: str | None = None,
 ) -> str:  # Markdown
     "Say what was found, with n, interval and run ids"
+    arm, baseline = pair_of(study, arm, baseline)
     failed = [f"{question} ({evidence})" for question, ok, evidence in asked if not ok]
     if failed:
         return f"**Inconclusive.** Not true here: {'; '.join(failed)}. No arm is ranked. Runs: {study.ids}."
