@@ -201,10 +201,8 @@ def compare(
     lab = nets[baseline][1]
     samples = {k: lab.evaluator.draw(net, lab.cfg.eval.samples) for k, (net, _) in nets.items()}
     features = feature_net(lab.train)
-    seen, real = (
-        {k: features(x) for k, x in samples.items()},
-        real_moments(features, lab.train),
-    )
+    seen = {k: features(x) for k, x in samples.items()}
+    real = real_moments(features, lab.train)
     score = lambda k, rows: frechet(moments(seen[k][rows]), real)  # noqa: E731
     n = lab.cfg.eval.samples
     difference = paired_bootstrap(lambda rows: score(arm, rows) - score(baseline, rows), n)
