@@ -391,7 +391,7 @@ class Explorer:
         "Show the widget; where widgets are not alive, the picture"
         shown = self.box._repr_mimebundle_(**kwargs)
         data, rest = shown if isinstance(shown, tuple) else (shown, {})
-        return {**data, "image/png": self.image.value}, rest
+        return {**data, "image/png": bytes(self.image.value)}, rest
 
 # %% ../../nbs/analysis/17_explorer.ipynb #5ec80e6b
 def quick_png(
