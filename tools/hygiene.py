@@ -40,7 +40,9 @@ MAGIC = {
 RUN_FILES = re.compile(
     r"(^|/)(meta/(provenance|status|seal|heartbeat)\.json|logs/(metrics|events)\.jsonl|ckpts/.+|\.index\.sqlite)$"
 )
-EXAMPLE = re.compile(rb"://[^\s/@]*@example\.")  # the history has some
+EXAMPLE = re.compile(
+    rb"://[^\s/@]*@(?:example\.|[\w-]+(?![\w.-]))"
+)  # in the history: hosts that cannot be
 HOMES = re.compile(r"(?<![\w.])(?:/home/|/Users/|/root/|[A-Z]:\\\\?Users\\\\?)[\w.-]+")
 
 
@@ -73,7 +75,7 @@ def content(name: str, data: bytes) -> Iterator[str]:
         yield f"{len(data)} bytes; at most {MAX_BYTES}"
     yield from (f"is a {kind}" for kind, magic in MAGIC.items() if re.match(magic, data))
     text = data.decode("utf-8", "ignore")
-    if problem := secret_problem(EXAMPLE.sub(b"://example.", data), {}):
+    if problem := secret_problem(EXAMPLE.sub(b"://example", data), {}):
         yield f"holds {problem}; write an example in two parts"
     if re.search(r"^(<{7} .*|={7}|>{7} .*)$", text, re.M):
         yield "holds a merge conflict"
