@@ -64,6 +64,7 @@ _Hash = Annotated[str | None, {"metavar": "HASH"}]
 _Slot = Annotated[str, {"choices": ["last", "best"]}]
 _Names = Annotated[list[str] | None, {"metavar": "KEY", "nargs": "+", "type": str}]
 _Each = Annotated[list[str] | None, {"metavar": "NAME", "action": "append", "type": str}]
+_Ids = Annotated[list[str] | None, {"metavar": "ID", "action": "append", "type": str}]
 _Level = Annotated[str | None, {"choices": ["L0", "L1", "L2", "L3"]}]
 _TARGETS = ["x0", "eps", "v", "u", "F"]
 _Target = Annotated[Literal["x0", "eps", "v", "u", "F"], {"choices": _TARGETS, "type": str}]
@@ -357,11 +358,12 @@ def _promote(
 def _compare(
     *run: _Runs,  # Run directories, ids, or beginnings of ids
     out: Annotated[str, {"metavar": "FILE"}] = "compare.html",  # To write
+    evaluation: _Ids = None,  # One that counts instead of its run's own
 ) -> None:
     "Put runs side by side on one page: minsnr compare RUN RUN … [--out compare.html]"
     from minsnr_nb.record.compare import compare_page
 
-    print(compare_page(list(run), out))
+    print(compare_page(list(run), out, evaluation or ()))
 
 
 @_verb("repro")

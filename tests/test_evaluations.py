@@ -16,7 +16,7 @@ from minsnr_nb.errors import ConfigError, MinsnrError
 from minsnr_nb.metrics import METRICS
 from minsnr_nb.record.checks import CHECKS, check_run, is_sealed
 from minsnr_nb.record.directory import Run, open_run
-from minsnr_nb.record.evaluations import list_evaluations, read_evaluation
+from minsnr_nb.record.evaluations import is_own, list_evaluations, read_evaluation
 from minsnr_nb.record.state import read_status
 from minsnr_nb.strict_yaml import read_yaml
 from minsnr_nb.train_loop import Callback
@@ -174,6 +174,23 @@ def test_evaluations_from_the_command_line(run, capsys):
 def models(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("MINSNR_MODELS", str(tmp_path / "models"))
     return tmp_path / "models"
+
+
+def test_compare_shows_the_evaluation_that_is_named(run, tmp_path, capsys):
+    eval_run(run.path, overrides=("eval.probe_images=8",))
+    other = next(r for r in list_evaluations(run.evaluations) if not is_own(r, run.config()))
+    pair = [run.path, shutil.copytree(run.path, tmp_path / "p" / run.id)]
+    shutil.rmtree(pair[1] / "artifacts/evaluations")
+    page = tmp_path / "page.html"
+    shown = f"{other['values']['probe/x0']:.4g}"
+    assert typed(capsys, "compare", *pair, "--out", page).returncode == 0
+    assert shown not in page.read_text()
+    assert (
+        typed(capsys, "compare", *pair, "--out", page, "--evaluation", other["id"][:8]).returncode
+        == 0
+    )
+    assert shown in page.read_text() and other["id"] in page.read_text()
+    assert "0 of these runs" in typed(capsys, "compare", *pair, "--evaluation", "ffff").stderr
 
 
 def test_promote_reads_the_own_evaluation_or_the_one_that_is_named(run, models, capsys):

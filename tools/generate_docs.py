@@ -53,6 +53,25 @@ def lanes() -> str:
     return table(["Lane", "Registry", "Section", "Entries"], rows)
 
 
+def commands() -> str:
+    "Every verb: how it is typed, and what it does"
+    from minsnr_nb.cli import VERBS
+
+    said = [(run.__doc__ or "").split(": ", 1) for run in VERBS.values()]
+    rows = [[f"`{usage.split(', or ')[0]}`", about] for about, usage in said]
+    return table(["Command", "What it does"], rows)
+
+
+def settings() -> str:
+    "Every key of a config"
+    from minsnr_nb.lab import config_help
+
+    rows = [r for r in config_help() if "key" in r]
+    cells = [[f"`{r['key']}`", r["default"], r["allowed"], r["meaning"]] for r in rows]
+    plain = [[c.replace(" | ", ", ").replace(", see below", "") for c in row] for row in cells]
+    return table(["Key", "Default", "Allowed", "What it decides"], plain)
+
+
 def provenance() -> str:
     "What every stamp must say"
     from minsnr_nb.record.checks import NEEDED
@@ -108,7 +127,8 @@ def licences() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (layout, tree, lanes, provenance, blocked, folders, licences)
+    f.__name__: f
+    for f in (layout, tree, lanes, commands, settings, provenance, blocked, folders, licences)
 }
 
 

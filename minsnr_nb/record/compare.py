@@ -7,6 +7,7 @@ __all__ = ['series', 'compare_page']
 
 # %% ../../nbs/record/28_compare.ipynb #222c6b28
 import re
+from glob import escape as glob_escape
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from markupsafe import Markup
 from .. import durable
 from ..config import config_diff
 from ..errors import ConfigError
+from .evaluations import find_evaluation
 from .events import read_events
 from ..guard import read_plain
 from .html import html_page, html_table, markup, png_tag
@@ -70,14 +72,30 @@ def _picture(path: Path) -> bytes:
     return b"" if path.is_symlink() else read_plain(path)
 
 # %% ../../nbs/record/28_compare.ipynb #76d920b0
-def _facts(run: Run) -> dict[str, Any]:
-    "What the first table says about a run"
+def _facts(run: Run, evaluation: dict | None) -> dict[str, Any]:
+    "What the first table says about a run; its numbers are those of one evaluation when it is named"
     status, stamp = read_status(run), run.provenance()
     steps = f"{status['step']}/{status['total_steps']}"
     facts = {"run": run.id, "state": derive_state(run), "steps": steps}
     facts |= {"commit": stamp["git"]["repo_sha"][:7], "changed": stamp["git"]["is_dirty"]}
     final = read_json(run.summary_path)["final"]
+    if evaluation:
+        facts["evaluation"] = evaluation["id"]
+        final = {k: final.get(k) for k in final if k.startswith("train/")} | evaluation["values"]
     return facts | {k: v and float(f"{v:.4g}") for k, v in final.items() if _shown(k)}
+
+# %% ../../nbs/record/28_compare.ipynb #5bb39225
+def _named(runs: list[Run], ids: Iterable[str]) -> dict[Run, dict]:
+    "Find each evaluation in the one run that has it"
+    found: dict[Run, dict] = {}
+    for id in ids:
+        has = [r for r in runs if list(r.evaluations.glob(f"{glob_escape(id)}*.json"))]
+        if len(has) != 1 or has[0] in found:
+            raise ConfigError(
+                f"evaluation {id}: {len(has)} of these runs have it; name one per run"
+            )
+        found[has[0]] = find_evaluation(has[0].evaluations, id)
+    return found
 
 # %% ../../nbs/record/28_compare.ipynb #d6eaa73f
 _OWN = "The objectives differ, so each train/loss has its own unit: compare probe/ and eval/."
@@ -96,13 +114,16 @@ def _curves(runs: list[Run], names: list[str]) -> Markup:
 def compare_page(
     paths: Iterable[str | Path],  # Run directories, at least two
     out: str | Path,  # The HTML file to write
+    evaluations: Iterable[str] = (),  # Ids of other evaluations than the runs' own, one for a run
 ) -> Path:
     "Write one page about several runs"
     runs = [open_run(p) for p in paths]
     if len(runs) < 2:
         raise ConfigError("compare: name at least two runs")
     runs.sort(key=lambda r: (r.config().get("seed", 0), r.id))
-    names, facts = [f"{i}: {r.id}" for i, r in enumerate(runs)], [_facts(r) for r in runs]
+    named = _named(runs, evaluations)
+    names = [f"{i}: {r.id}" for i, r in enumerate(runs)]
+    facts = [_facts(r, named.get(r)) for r in runs]
     keys = dict.fromkeys(k for f in facts for k in f)
     diff = config_diff(*(r.config() for r in runs))
     title = lambda text: markup("<h2>{{ text }}</h2>", text=text)  # noqa: E731
