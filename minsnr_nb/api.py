@@ -32,7 +32,7 @@ from minsnr_nb.record.evaluations import (
     read_record,
 )
 from .record.events import EventLog, printed, read_events
-from .guard import tensor_bytes, tensor_header
+from .guard import tensor_bytes, weights_facts
 from .lab import Lab, build, for_training, load
 from .checkpoint import store_samples
 from .record.promote import Model, find_model, promote
@@ -146,7 +146,7 @@ def resume_run(
     if derive_state(run) != "completed":
         lab = build(cfg, device)
         return run_to_end(run, lab, warn, allow, _begin_again(run, cfg, lab))
-    close(run, warn)
+    close(run)
     return run
 
 # %% ../nbs/72_api.ipynb #0eac4a86
@@ -207,7 +207,7 @@ def _only(sections: tuple[str, ...], then: Config, now: Config) -> None:
 def _weights_step(run: Run, weights: str) -> int:
     "Step at which portable weights were saved"
     path = run.checkpoints_dir / f"{weights}.safetensors"
-    step = tensor_header(tensor_bytes(path), path).metadata.get("step", "")
+    step = weights_facts(path).get("step", "")
     if not re.fullmatch("[0-9]{1,12}", step):
         raise MinsnrError(f"{path}: does not say at which step it was saved")
     return int(step)

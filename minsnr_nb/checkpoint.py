@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'KEEP', 'optimizer_tensors', 'load_optimizer', 'snapshot', 'portable', 'conditions', 'make_manifest',
-           'save_checkpoint', 'restore', 'save_weights', 'Checkpoint', 'store_samples', 'Predictions', 'state_sha256']
+           'save_checkpoint', 'settle', 'restore', 'Checkpoint', 'store_samples', 'Predictions', 'state_sha256']
 
 # %% ../nbs/52_checkpoint.ipynb #5f8e73eb
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from .callbacks import CALLBACKS
 from .config import NonNegativeInt, PositiveInt, config_sha256
 from .durable import create, digest, make_dir, publish, remove, replace, sha256
-from .guard import tensor_bytes
+from .guard import tensor_bytes, weights_facts
 from .record.directory import Run
 from .record.generations import CheckpointError, Found, current, generations
 from .record.strict_json import read_json
@@ -127,37 +127,91 @@ def _config_digest(loop: Loop) -> str:
 # %% ../nbs/52_checkpoint.ipynb #25a71d75
 def save_checkpoint(
     loop: Loop,  # With a run directory and a log
-    slot: str = "last",  # ckpts/last or ckpts/best
-    files: dict[str, bytes] | None = None,  # From `snapshot`, when it was taken already
+    best: bool = False,  # Whether this step is also the best so far
 ) -> Path:  # Directory of the new generation
-    "Write a complete checkpoint and move the pointer to it"
-    folder, files = loop.run.path / "ckpts" / slot, files or snapshot(loop)
-    name, attempt = f"step_{loop.state.step:09d}", loop.log.attempt
-    text = json.dumps(make_manifest(loop, files), indent=1, allow_nan=False).encode()
-    staging, final = folder / f".{name}-{attempt}", folder / name
-    fence(loop.run, attempt)
+    "Write a complete checkpoint, announce it, and settle what follows from it"
+    loop.log.sync()
+    run, attempt, files = loop.run, loop.log.attempt, snapshot(loop)
+    files["MANIFEST.json"] = json.dumps(
+        make_manifest(loop, files), indent=1, allow_nan=False
+    ).encode()
+    for home in (*([run.ckpts_best] if best else []), run.ckpts_last):
+        folder = _store(home / f"step_{loop.state.step:09d}", files, run, attempt)
+    fence(run, attempt)
+    _announce(folder)
+    settle(run, folder, attempt)
+    return folder
+
+
+def _store(final: Path, files: dict[str, bytes], run: Run, attempt: int) -> Path:
+    "Publish a generation that nobody has announced yet"
+    staging = final.with_name(f".{final.name}-{attempt}")
+    fence(run, attempt)
     for leftover in (staging, final):  # of a process that died here before
         remove(leftover)
     make_dir(staging)
     for file, data in files.items():
         create(staging / file, data)
-    create(staging / "MANIFEST.json", text)
-    fence(loop.run, attempt)
-    publish(staging, final)
-    fence(loop.run, attempt)
-    _announce(folder, loop.state.step, text)
-    for stale in generations(folder)[: -(KEEP if slot == "last" else 1)]:
-        remove(stale)
-    return final
+    fence(run, attempt)
+    return publish(staging, final)
 
 # %% ../nbs/52_checkpoint.ipynb #70fb2d14
-def _announce(folder: Path, step: int, manifest: bytes) -> None:
-    "Move the pointer to the generation with this manifest"
-    name, old = f"step_{step:09d}", current(folder)
-    entry = {"step": step, "dir": name, "manifest_sha256": digest(manifest)}
-    previous = {k: old[k] for k in entry} if old.get("dir") not in (None, name) else None
+def _announce(folder: Path, keep: int = KEEP) -> None:
+    "Move the pointer to a generation, unless it is there; one of `keep` also names the one before"
+    home, old = folder.parent, current(folder.parent)
+    entry = {"step": int(folder.name[5:]), "dir": folder.name}
+    entry["manifest_sha256"] = sha256(folder / "MANIFEST.json")
+    if entry.items() <= old.items():
+        return
+    before = keep > 1 and old and old["dir"] < folder.name and (home / old["dir"]).is_dir()
+    previous = {k: old[k] for k in entry} if before else None
     pointer = {"format_version": FORMAT_VERSION, **entry, "previous": previous}
-    replace(folder / "CURRENT.json", json.dumps(pointer, indent=1))
+    replace(home / "CURRENT.json", json.dumps(pointer, indent=1))
+
+# %% ../nbs/52_checkpoint.ipynb #d23859c2
+def settle(
+    run: Run,
+    folder: Path | None,  # The generation that training goes on from; None at the very start
+    attempt: int,  # Who writes
+) -> None:
+    "Make what a checkpoint still owes: pointers, portable weights, and nothing left of other steps"
+    fence(run, attempt)
+    best = read_json(folder / "state.json")["best"] if folder else None
+    champion = run.ckpts_best / f"step_{best['step']:09d}" if best else None
+    if champion and champion.is_dir():
+        _announce(champion, keep=1)
+        _write_weights(run, champion, "best")
+    announced = current(run.ckpts_best).get("dir")
+    for other in generations(run.ckpts_best):
+        if other != champion and not (champion is None and other.name == announced):
+            remove(other)
+    if folder:
+        _announce(folder)
+        _write_weights(run, folder, "last")
+    gens = generations(run.ckpts_last)
+    kept = [g for g in gens if folder and g.name <= folder.name][-KEEP:]
+    for other in gens:
+        if other not in kept:
+            remove(other)
+
+# %% ../nbs/52_checkpoint.ipynb #9a8f4222
+def _write_weights(run: Run, folder: Path, name: str) -> None:
+    "Write the averaged weights of a generation as one portable file, unless it is that already"
+    path, average = run.checkpoints_dir / f"{name}.safetensors", folder / "ema.safetensors"
+    about = {"run_id": run.id, "step": str(int(folder.name[5:])), "weights": "ema"}
+    about["sha256"] = read_json(folder / "MANIFEST.json")["files"][average.name]["sha256"]
+    if not path.is_file() or weights_facts(path) != about:
+        data = dump_tensors(load_tensors(tensor_bytes(average)), metadata=about)
+        replace(path, _in_order(data, about))
+
+
+def _in_order(data: bytes, about: dict[str, str]) -> bytes:
+    "The same tensor file with its notes in order: the library writes them in a random one"
+    size = int.from_bytes(data[:8], "little")
+    head = json.loads(data[8 : 8 + size]) | {"__metadata__": dict(sorted(about.items()))}
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 # %% ../nbs/52_checkpoint.ipynb #6ddc1d79
 def restore(
@@ -188,17 +242,6 @@ def _restore(loop: Loop, found: Found) -> None:
         cb.load(rest["callbacks"].get(type(cb).__name__, {}))
 
 # %% ../nbs/52_checkpoint.ipynb #0dc970d2
-def save_weights(
-    loop: Loop,  # With a run directory
-    name: str,  # "last" or "best"
-) -> Path:
-    "Write the averaged weights as one portable file"
-    about = {"run_id": loop.run.id, "step": str(loop.state.step), "weights": "ema"}
-    data = dump_tensors(portable(loop.state.ema.model.state_dict()), metadata=about)
-    fence(loop.run, loop.log.attempt)
-    return replace(loop.run.checkpoints_dir / f"{name}.safetensors", data)
-
-
 @CALLBACKS.register("checkpoint")
 class Checkpoint(Callback):
     "Save the whole state every train.checkpoint_every steps, at the end, and at a new best"
@@ -206,17 +249,10 @@ class Checkpoint(Callback):
     order = 90
     takes = "saving"
 
-    def after_step(self, loop: Loop, result: StepResult) -> None:
+    def commit(self, loop: Loop, result: StepResult) -> None:
         best = (loop.state.best or {}).get("step") == result.step
-        due = loop.due(loop.cfg.train.checkpoint_every)
-        if not (best or due):
-            return
-        loop.log.sync()
-        files = snapshot(loop)
-        for slot, wanted in (("last", due), ("best", best)):
-            if wanted:
-                save_checkpoint(loop, slot, files)
-                save_weights(loop, slot)
+        if best or loop.due(loop.cfg.train.checkpoint_every):
+            save_checkpoint(loop, best)
 
 # %% ../nbs/52_checkpoint.ipynb #57d7bc1f
 def store_samples(
@@ -244,7 +280,7 @@ def store_samples(
 class Predictions(Callback):
     "Store samples into artifacts/predictions"
 
-    order = 92
+    order = 60
     takes = "saving"
 
     def __init__(self, *, every: NonNegativeInt = 0, n: PositiveInt = 16):

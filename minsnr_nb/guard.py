@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_RECORD', 'WIDTHS', 'MAX_HEADER', 'MAX_RANK', 'MAX_TENSORS', 'MAX_INFLATED', 'MAX_RATIO', 'MAX_MEMBERS', 'PICKLES',
            'TOKENS', 'inside', 'places_in', 'without_places', 'open_plain', 'read_plain', 'from_json', 'Header',
-           'tensor_header', 'tensor_bytes', 'npz_problem', 'is_pickle', 'pickle_problem', 'holds_token', 'secret_names',
-           'secret_problem']
+           'tensor_header', 'tensor_bytes', 'weights_facts', 'same_tensors', 'npz_problem', 'is_pickle',
+           'pickle_problem', 'holds_token', 'secret_names', 'secret_problem']
 
 # %% ../nbs/05_guard.ipynb #68efd2a2
 import ast
@@ -210,6 +210,26 @@ def tensor_bytes(
     data = read_plain(path, MAX_TENSORS)
     tensor_header(data, path)
     return data
+
+
+def weights_facts(
+    path: str | Path,  # A .safetensors file
+) -> dict[str, str]:  # What its writer noted beside the tensors
+    "Read what a tensor file says about itself, without its numbers"
+    with open(path, "rb") as f:
+        start = f.read(8)
+        head = start + f.read(min(MAX_HEADER, int.from_bytes(start, "little")))
+    return tensor_header(head, path, os.stat(path).st_size).metadata
+
+
+def same_tensors(*paths: Path) -> bool:
+    "Whether tensor files hold the same tensors, whatever they say beside them"
+    known = []
+    for path in paths:
+        data = read_plain(path, MAX_TENSORS)
+        tensors = tensor_header(data, path).tensors
+        known.append((tensors, data[8 + int.from_bytes(data[:8], "little") :]))
+    return all(k == known[0] for k in known)
 
 # %% ../nbs/05_guard.ipynb #ff50a674
 _NPY = {1: ("<H", 2), 2: ("<I", 4), 3: ("<I", 4)}  # version: form and size of the length

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import save_checkpoint, save_weights
+from .checkpoint import save_checkpoint
 from .record.generations import current
 from .record.strict_json import json_or_none
 from .errors import ConfigError, MinsnrError, nearest
@@ -70,11 +70,8 @@ def save_now(
     loop: Loop,  # Between two steps
 ) -> None:
     "Write the checkpoint of this step, unless it is there already"
-    pointer = current(loop.run.ckpts_last)
-    if pointer.get("step") != loop.state.step:
-        loop.log.sync()
+    if current(loop.run.ckpts_last).get("step") != loop.state.step:
         save_checkpoint(loop)
-        save_weights(loop, "last")
 
 
 def sample_now(
@@ -116,7 +113,7 @@ class Requests(Callback):
                 remove(path)
                 self._note(loop, "request_expired", what)
 
-    def after_step(self, loop: Loop, result: StepResult) -> None:
+    def commit(self, loop: Loop, result: StepResult) -> None:
         waiting = self.box.pending()
         if (waiting or self.signum) and torch.isfinite(result.weighted).all():
             fence(self.run, self.attempt)

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import conditions, restore, state_sha256
-from .record.generations import Found, current, drop_unannounced, find_checkpoint
+from .checkpoint import conditions, restore, settle, state_sha256
+from .record.generations import Found, find_checkpoint
 from .config import Config, Loaded, TrainSection, config_sha256
 from .errors import ConfigError, MinsnrError, nearest
 from .data import ImageSet
-from .durable import Appender, alone
+from .durable import Appender, alone, sha256
 from .evaluate import report
 from .record.evaluations import decided_by, deciding, keep_evaluation, new_evaluation
 from .record.events import EventLog, lifecycle, printed, rewind
@@ -319,23 +319,21 @@ def _refuse_orphan(run: Run) -> None:
 
 def close(
     run: Run,  # Complete
-    warn: Callable[[str], None] = quiet,
 ) -> None:
-    "Seal a completed run; one that is not sound is told about and stays open"
+    "Seal a completed run; one that is not sound stays open, and that is a failure"
     try:
         with alone(run.path / "meta"):
             if not is_sealed(run):
                 seal(run)
     except MinsnrError as e:
-        warn(str(e))
+        raise RunFailed(str(e)) from None
 
 
 def _origin(found: Found) -> dict:
-    pointer = current(found.path.parent)
     return {
         "pointer": "ckpts/last/CURRENT.json",
         "step": found.manifest["step"],
-        "manifest_sha256": pointer.get("manifest_sha256"),
+        "manifest_sha256": sha256(found.path / "MANIFEST.json"),
     }
 
 # %% ../nbs/71_runner.ipynb #14f574f0
@@ -349,8 +347,7 @@ def _claim(
     facts |= {"overrides_allowed": sorted(changes)}
     attempt = start_attempt(run, _origin(found) if found else None, facts)
     unseal(run)
-    if found:
-        drop_unannounced(run, found)
+    settle(run, found.path if found else None, attempt)
     rewind(run, found.manifest["metrics"]["bytes"] if found else 0, attempt)
     return attempt, changes
 
@@ -392,7 +389,7 @@ def run_to_end(
                     warn(f"{run.id}: {name}: {change}; the numbers may differ in the last digits")
             lifecycle(run, "started", attempt=attempt, step=loop.state.step, damaged=damaged)
             _train(run, lab, loop, attempt, warn)
-    close(run, warn)
+    close(run)
     return run
 
 # %% ../nbs/71_runner.ipynb #42005905

@@ -137,7 +137,10 @@ class Callback:
         "Runs once, before the first step of this process"
 
     def after_step(self, loop: "Loop", result: StepResult) -> None:
-        "Runs after every step"
+        "Runs after every step; what it writes is complete before a checkpoint of the step is announced"
+
+    def commit(self, loop: "Loop", result: StepResult) -> None:
+        "Runs last in a step, when every callback has written what it owes"
 
     def after_train(self, loop: "Loop") -> None:
         "Runs once, after the last step"
@@ -294,6 +297,8 @@ def _asking(loop: "Loop") -> Callable[..., None]:
 
     def ask(hook: str, *args: Any) -> None:
         for cb, name in zip(callbacks, names, strict=True):
+            if getattr(type(cb), hook) is getattr(Callback, hook):
+                continue
             loop.scalars.writer = name
             try:
                 with loop.spending(cb.takes):
@@ -332,5 +337,6 @@ def train(
                 if looks or loop.due(cfg.train.checkpoint_every):
                     check_finite(pending)
             ask("after_step", result)
+            ask("commit", result)
         ask("after_train")
     return state

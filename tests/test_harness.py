@@ -1,6 +1,5 @@
 """The short form of `python -m tests.harness`, and proof that its parts can fail. `RUN_SLOW=1` runs the parts at full size (40 minutes)."""
 
-import json
 import os
 import shutil
 import time
@@ -51,7 +50,7 @@ def test_without_the_rename_of_a_checkpoint_a_kill_is_found(lab, monkeypatch):
 def test_without_rewinding_the_log_a_resume_is_found(lab, monkeypatch):
     monkeypatch.setattr(runner, "rewind", lambda *_: 0)
     ok, text = faults.operations(lab, most=30)
-    assert not ok and "not the same bits" in text, text
+    assert not ok and "not the same" in text, text
 
 
 def test_without_the_last_summary_a_killed_evaluation_is_found(lab, monkeypatch):
@@ -91,15 +90,3 @@ def test_without_the_replacement_a_torn_notebook_is_found(lab, monkeypatch):
     monkeypatch.setattr(notebook.pm_engine.WholeFiles, "write", in_place)
     ok, text = notebook.notebook(lab, 20, 0)
     assert not ok and "out.ipynb: NotJSONError" in text, text
-
-
-def test_a_generation_that_was_never_announced_is_dropped(lab, tmp_path):
-    "Its log is cut by the resume; an announced one stays, whatever its state"
-    run = lab.whole(tmp_path)
-    pointer = run.ckpts_last / "CURRENT.json"
-    newest, before = (run.ckpts_last / f"step_{n:09d}" for n in (8, 6))
-    generations.drop_unannounced(run, generations.Found(before, {}))
-    assert newest.is_dir() and before.is_dir()
-    pointer.write_text(json.dumps({"dir": before.name}))
-    generations.drop_unannounced(run, generations.Found(before, {}))
-    assert before.is_dir() and not newest.exists()

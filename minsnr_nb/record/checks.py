@@ -19,7 +19,15 @@ from typing import NamedTuple
 
 from .. import durable
 from ..errors import ConfigError, MinsnrError
-from ..guard import MAX_RECORD, holds_token, inside, pickle_problem, places_in, read_plain
+from minsnr_nb.guard import (
+    MAX_RECORD,
+    holds_token,
+    inside,
+    pickle_problem,
+    places_in,
+    read_plain,
+    same_tensors,
+)
 from minsnr_nb.record.directory import (
     LAYOUT,
     RESERVED,
@@ -30,8 +38,8 @@ from minsnr_nb.record.directory import (
     summarise,
     version_problem,
 )
-from .generations import generations, pointer_problem, problems
-from .evaluations import evaluation_problems
+from .generations import current, generations, pointer_problem, problems
+from .evaluations import evaluation_problems, list_evaluations
 from .predictions import set_problems
 from .state import attempts_of, derive_state, read_status
 from .strict_json import read_json, read_log, to_json
@@ -405,6 +413,75 @@ def _state(run):
         yield "meta/status.json", f"unknown state {status['state']!r}"
     if status["state"] == "completed" and status["total_steps"] not in (None, status["step"]):
         yield "meta/status.json", "completed before its last step"
+
+# %% ../../nbs/record/22_checks.ipynb #75cb8450
+def _owed(config: dict, first: int) -> dict[str, list]:
+    "What the steps of a config leave behind: patterns of files, and how often something is logged"
+    steps, last = config["train"]["steps"], config["eval"]["every"]
+    owed: dict[str, list] = {"files": [], "train": [], "eval": []}
+
+    def due(every: int) -> list[int]:
+        return [s for s in (*range(every, steps, every), steps) if s > first]
+
+    for cb in config["callbacks"]:
+        at = due(cb.get("every") or last)
+        if cb["name"] == "sample_grid":
+            owed["files"] += [f"artifacts/grids/step_{s:09d}.png" for s in at]
+        elif cb["name"] == "predictions":
+            owed["files"] += [f"artifacts/predictions/step{s:09d}_ema_*/metadata.json" for s in at]
+        elif cb["name"] == "log_events":
+            owed["train"] = due(config["train"]["log_every"])
+        elif cb["name"] == "evaluate":
+            owed["eval"] = due(last)
+    return owed
+
+# %% ../../nbs/record/22_checks.ipynb #6f9586ef
+def _logged(run: Run, owed: dict[str, list]) -> Iterator[tuple[str, str]]:
+    "Name what the log and the evaluations of a run lack"
+    counts: dict[str, int] = {}
+    for name, facts in read_json(run.summary_path)["summary"].items():
+        kind = {"train": "train", "eval": "eval", "probe": "eval"}.get(name.split("/")[0], "")
+        counts[kind] = max(counts.get(kind, 0), facts["count"])
+    for kind in ("train", "eval"):
+        if counts.get(kind, 0) < len(owed[kind]):
+            missing = len(owed[kind]) - counts.get(kind, 0)
+            yield "logs/metrics.jsonl", f"lacks {missing} of {len(owed[kind])} {kind} lines"
+    records = [r for r in list_evaluations(run.evaluations) if r["kind"] == "train"]
+    made = {r["decides"]["weights"]["step"] for r in records}
+    for step in owed["eval"] if made else ():  # runs are older than records
+        if step not in made:
+            yield "artifacts/evaluations", f"lacks the evaluation of step {step}"
+
+# %% ../../nbs/record/22_checks.ipynb #d760daf1
+def _saved(run: Run, steps: int) -> Iterator[tuple[str, str]]:
+    "Compare the portable weights of a completed run, and its best, with the last checkpoint"
+    newest = run.ckpts_last / current(run.ckpts_last).get("dir", "none")
+    if newest.name != f"step_{steps:09d}" or not newest.is_dir():
+        yield "ckpts/last/CURRENT.json", f"is not at step {steps}, which the run has completed"
+        return
+    best = read_json(newest / "state.json").get("best")
+    champion = run.ckpts_best / f"step_{best['step']:09d}" if best else None
+    if champion and current(run.ckpts_best).get("dir") != champion.name:
+        yield "ckpts/best/CURRENT.json", f"is not at {champion.name}, the best of the run"
+        champion = None
+    for folder, name in ((newest, "last"), (champion, "best")):
+        path = run.checkpoints_dir / f"{name}.safetensors"
+        if folder and not (path.is_file() and same_tensors(path, folder / "ema.safetensors")):
+            yield f"artifacts/checkpoints/{path.name}", f"is not the average of {folder.name}"
+
+# %% ../../nbs/record/22_checks.ipynb #b7fb0246
+@check("AB.completed", "L2", "`minsnr resume RUN` makes what the last checkpoint still owes")
+def _completed(run):
+    config = run.config()
+    if read_status(run)["state"] != "completed" or not {"train", "callbacks"} <= config.keys():
+        return
+    owed = _owed(config, (run.provenance().get("lineage") or {}).get("parent_step", 0))
+    for pattern in owed["files"]:
+        if not any(run.path.glob(pattern)):
+            yield pattern, "is missing, and the config asks for it"
+    yield from _logged(run, owed)
+    if any(cb["name"] == "checkpoint" for cb in config["callbacks"]):
+        yield from _saved(run, config["train"]["steps"])
 
 # %% ../../nbs/record/22_checks.ipynb #70636be3
 EXCLUDED = (

@@ -11,7 +11,7 @@ from minsnr_nb.record.directory import Run
 from tests.faulty_os import FaultyOS, fails_with, half_then_dies
 
 from .faults import Quiet, dies
-from .lab import Lab, bits, durable_os, invalid, scratch, told, visible
+from .lab import Lab, different, durable_os, invalid, scratch, things, told, visible
 
 FAULTS = (dies, half_then_dies, fails_with(errno.ENOSPC))
 FORK = ("train.steps=10", "optim.lr=0.001")
@@ -45,8 +45,8 @@ def _wrong(run: Run, whole: str) -> list:
         status, words = told(lambda each=each: api.resume_run(each.path))
         if each.path.name == run.path.name:
             found += [*invalid(each, "L3"), *([words] if status else [])]
-        elif "fork the parent again" not in words and bits(each) != whole:
-            found.append("a fork that became another run")
+        elif "fork the parent again" not in words and (unlike := different(each, whole)):
+            found.append(f"a fork that became another run: {unlike}")
     return found
 
 
@@ -58,7 +58,7 @@ def _points(run: Run, place: Path) -> tuple[list, str]:
             action(_copy(run, place / verb))
         points += [(verb, at, f) for at in range(1, counter.count + 1) for f in FAULTS]
     (child,) = (r for r in visible(place / "fork") if r.path.name != run.path.name)
-    return points, bits(child)
+    return points, things(child)
 
 
 def afterwards(lab: Lab, most: int | None = None, verbs=tuple(VERBS)) -> tuple[bool, str]:

@@ -8,7 +8,18 @@ from minsnr_nb import api, durable
 from minsnr_nb.record.generations import find_checkpoint
 from tests.faulty_os import FaultyOS, fails_with, half_then_dies
 
-from .lab import Lab, bits, durable_os, forked, invalid, killed_after, scratch, told, visible
+from .lab import (
+    Lab,
+    different,
+    durable_os,
+    forked,
+    invalid,
+    killed_after,
+    scratch,
+    things,
+    told,
+    visible,
+)
 
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS", "EACCES", "EMFILE")
 
@@ -69,11 +80,11 @@ def _drop(place):
 
 
 def operations(lab: Lab, most: int | None = None, sabotage=None) -> tuple[bool, str]:
-    "Die before, or tear, every durable operation; one resume makes all bits equal"
+    "Die before, or tear, every durable operation; one resume makes the whole inventory equal"
     rng, wrong, trials = random.Random(2), [], 0
     with scratch() as root:
         with durable_os(Quiet()) as counter:
-            want = bits(lab.whole(root / "whole"))
+            want = things(lab.whole(root / "whole"))
         total = counter.count
         points = [(at, f) for at in range(1, total + 1) for f in (dies, half_then_dies)]
         for at, fault in rng.sample(points, most) if most else points:
@@ -88,23 +99,23 @@ def operations(lab: Lab, most: int | None = None, sabotage=None) -> tuple[bool, 
                     wrong.append((at, counter.calls[at - 1], problem[0]))
                     continue
                 status, words = told(lambda run=run: lab.train(run))
-                if status or bits(run) != want:
-                    wrong.append((at, counter.calls[at - 1], "not the same bits", words[:200]))
+                if (unlike := different(run, want)) or status:
+                    wrong.append((at, counter.calls[at - 1], "not the same", unlike, words[:200]))
                 if problem := invalid(run, "L3"):
                     wrong.append((at, counter.calls[at - 1], problem[0]))
             _drop(place)
     return (
         not wrong,
-        f"{trials} trials at {total} operations, {trials - len(wrong)} bitwise equal {wrong[:1] or ''}",
+        f"{trials} trials at {total} operations, {trials - len(wrong)} equal {wrong[:1] or ''}",
     )
 
 
 def twice(lab: Lab, n: int) -> tuple[bool, str]:
-    "Die at one operation, and at another of the resume: the run is valid, and ends with the same bits"
+    "Die at one operation, and at another of the resume: the run is valid, and ends with the same inventory"
     rng, wrong = random.Random(8), []
     with scratch() as root:
         with durable_os(Quiet()) as counter:
-            want = bits(lab.whole(root / "whole"))
+            want = things(lab.whole(root / "whole"))
         for i in range(n):
             place, at = root / str(i), rng.randint(1, counter.count)
             forked(with_fault(lab, place, at, dies))
@@ -118,14 +129,15 @@ def twice(lab: Lab, n: int) -> tuple[bool, str]:
                 forked(resume)
                 found = invalid(run)
                 status, words = told(lambda run=run: api.resume_run(run.path))
-                found += [] if status == 0 and bits(run) == want else [f"not the same bits {words}"]
+                unlike = different(run, want)
+                found += [f"not the same: {unlike} {words}"] if unlike or status else []
                 wrong += [(at, again, f) for f in found[:1]]
             _drop(place)
     return not wrong, f"{n} pairs of deaths, {len(wrong)} wrong {wrong[:1] or ''}"
 
 
 def until_done(lab: Lab, n: int) -> tuple[bool, str]:
-    "Kill at random until the run is complete: the bits are those of a run left alone"
+    "Kill at random until the run is complete: the inventory is that of a run left alone"
     rng, wrong, kills = random.Random(3), [], 0
     with scratch() as root:
         forked(lambda: lab.whole(root / "warm"))
@@ -133,7 +145,7 @@ def until_done(lab: Lab, n: int) -> tuple[bool, str]:
         forked(lambda: lab.whole(root / "whole"))
         each = time.perf_counter() - start
         (whole,) = visible(root / "whole")
-        want = bits(whole)
+        want = things(whole)
         for i in range(n):
             run = lab.create(root / str(i))
             while True:
@@ -143,11 +155,11 @@ def until_done(lab: Lab, n: int) -> tuple[bool, str]:
                 kills += 1
                 if problem := invalid(run):
                     wrong.append(problem[0])
-            if bits(run) != want:
-                wrong.append((i, "not the same bits"))
+            if unlike := different(run, want):
+                wrong.append((i, "not the same", unlike))
             wrong += invalid(run, "L3")
             _drop(root / str(i))
-    return not wrong, f"{n} runs, {kills} kills, {n - len(wrong)} bitwise equal {wrong[:1] or ''}"
+    return not wrong, f"{n} runs, {kills} kills, {n - len(wrong)} equal {wrong[:1] or ''}"
 
 
 def errors(lab: Lab, most: int | None = None) -> tuple[bool, str]:
@@ -155,7 +167,7 @@ def errors(lab: Lab, most: int | None = None) -> tuple[bool, str]:
     rng, wrong, told_of, absorbed = random.Random(4), [], 0, 0
     with scratch() as root:
         with durable_os(Quiet()) as counter:
-            want = bits(lab.whole(root / "whole"))
+            want = things(lab.whole(root / "whole"))
         faults = [(code, fails_with(getattr(errno, code))) for code in ERRORS] + [("short", half)]
         points = [(at, *f) for at in range(1, counter.count + 1) for f in faults]
         for at, code, fault in rng.sample(points, most) if most else points:
@@ -168,8 +180,8 @@ def errors(lab: Lab, most: int | None = None) -> tuple[bool, str]:
                 announced = run.ckpts_last / "CURRENT.json"
                 if announced.exists() and find_checkpoint(run)[0] is None:
                     wrong.append((at, call, code, "no checkpoint left"))
-                if status == 0 and bits(run) != want:
-                    wrong.append((at, call, code, "other bits"))
+                if status == 0 and (unlike := different(run, want)):
+                    wrong.append((at, call, code, "not the same", unlike))
             absorbed += status == 0
             told_of += status != 0
             if status and not (code in words and str(root)[:8] in words and "\n" not in words):

@@ -19,12 +19,21 @@ from minsnr_nb.record.checks import check_run
 from minsnr_nb.record.directory import Run, create_run
 from minsnr_nb.record.provenance import collect
 
-CONFIG = {
+CONFIG = {  # every shipped callback, evaluation included
     "project": "harness",
     "model": {"name": "mlp", "width": 8, "depth": 1},
     "train": {"steps": 8, "batch_size": 8, "log_every": 1, "checkpoint_every": 2},
-    "callbacks": [{"name": "grad_norm"}, {"name": "log_events"}, {"name": "checkpoint"}],
+    "callbacks": [
+        *({"name": n} for n in ("timing", "grad_norm", "log_events", "evaluate", "progress")),
+        *({"name": n} for n in ("checkpoint", "grad_share")),
+        {"name": "sample_grid", "n": 4},
+        {"name": "predictions", "n": 2},
+    ],
+    "metrics": [{"name": "fd"}],
+    "sampler": {"name": "ddim", "steps": 1},
+    "eval": {"every": 3, "samples": 4, "probe_images": 4, "probe_draws": 1, "probe_bins": 2},
 }
+MOMENT = datetime(2026, 1, 1)
 
 
 class Lab:
@@ -40,7 +49,7 @@ class Lab:
         texts = {"config_text": self.loaded.composed, "resolved_text": self.loaded.resolved}
         self.parts = texts | {"provenance": stamp, "files": files}
 
-    def create(self, root, moment: datetime | None = None) -> Run:
+    def create(self, root, moment: datetime | None = MOMENT) -> Run:
         return create_run(root, "harness", **self.parts, stamp=moment)
 
     def train(self, run: Run) -> Run:
@@ -108,18 +117,44 @@ def invalid(run: Run, level: str = "L2") -> list:
     return [(c.id, c.path, c.message) for c in check_run(run.path, level) if not c.ok]
 
 
-def bits(run: Run) -> str:
-    "Digest of all that must be equal: weights, average, optimiser, callbacks, log"
-    pointer = json.loads((run.ckpts_last / "CURRENT.json").read_text())
-    parts = [
-        (run.ckpts_last / pointer["dir"] / f"{n}.safetensors").read_bytes()
-        for n in ("model", "ema", "optim")
-    ]
-    parts.append((run.ckpts_last / pointer["dir"] / "state.json").read_bytes())
-    for line in run.metrics_path.read_text().splitlines():
-        event = {k: v for k, v in json.loads(line).items() if k not in ("time", "attempt")}
-        parts.append(json.dumps(event).encode())
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+# What differs between two runs that are equal: moments, attempts, what was printed, and digests over these.
+ONCE = ("meta/attempts/", "logs/discarded/", "meta/provenance.json", "run_manifest.json")
+ONCE += ("meta/status.json", "meta/heartbeat.json", "meta/seal.json", "meta/manifest.json")
+ONCE += ("logs/events.jsonl", "logs/stdout.log", "metrics.json")
+MOMENTS = {"time", "attempt", "created_at_utc", "timestamp", "made_at_utc", "argv", "metrics"}
+MOMENTS |= {"manifest_sha256"}
+
+
+def _lasting(value):
+    "A document without its moments"
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if k not in MOMENTS and not k.startswith("time/")}
+        return {k: _lasting(v) for k, v in kept.items()}
+    return [_lasting(v) for v in value] if isinstance(value, list) else value
+
+
+def _content(path: Path, id: str) -> str:
+    data = path.read_bytes().replace(id.encode(), b"")
+    if path.suffix in (".json", ".jsonl"):
+        lines = [data] if path.suffix == ".json" else data.splitlines()
+        data = b"\n".join(json.dumps(_lasting(json.loads(line))).encode() for line in lines)
+    return hashlib.sha256(data).hexdigest()
+
+
+def things(run: Run) -> dict[str, str]:
+    "Every file of a run, hidden ones included, with what must be equal in it"
+    found = {}
+    for path in sorted(p for p in run.path.rglob("*") if not p.is_dir()):
+        name = path.relative_to(run.path).as_posix()
+        if not name.startswith(("meta/attempts/", "logs/discarded/")):
+            found[name] = "" if name.startswith(ONCE) else _content(path, run.id)
+    return found
+
+
+def different(run: Run, want: dict[str, str]) -> list[str]:
+    "Names of the files that are not as in another run"
+    have = things(run)
+    return sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
 
 
 @contextmanager
