@@ -22,7 +22,7 @@ from .checkpoint import restore, save_checkpoint
 from .record.generations import CheckpointError, find_checkpoint
 from .config import Config, config_diff
 from .errors import ConfigError, MinsnrError
-from .durable import claim, digest, sha256
+from .durable import claim, desk, digest, sha256
 from .evaluate import report
 from minsnr_nb.record.evaluations import (
     differing,
@@ -129,6 +129,7 @@ def resume_run(
     announce: Callable[[Run], None] = quiet,
     warn: Callable[[str], None] = quiet,
     allow: tuple[str, ...] = (),  # Differences that may change bits: "code", "torch", …
+    force: bool = False,  # Take the run over from an owner that lives, or may live
 ) -> Run:
     "Continue a run from its newest intact checkpoint; a complete one is left as it is"
     run = open_run(path)
@@ -139,13 +140,12 @@ def resume_run(
             raise ConfigError(
                 f"{run.path}: cannot be resumed with another config: {'; '.join(different)}"
             )
-    with printed(run, len(attempts_of(run))):
-        announce(run)
+    announce(run)
     if not run.notebook.exists():  # killed before its study could keep the notebook
         tell_papermill(run)
     if derive_state(run) != "completed":
         lab = build(cfg, device)
-        return run_to_end(run, lab, warn, allow, _begin_again(run, cfg, lab))
+        return run_to_end(run, lab, warn, allow, _begin_again(run, cfg, lab), force)
     close(run)
     return run
 
@@ -375,7 +375,7 @@ def fork_run(
     run = new_run(loaded, lab, run_root or parent.path.parent.parent, lineage=lineage)
     with printed(run, 0):
         announce(run)
-    with EventLog(run, 0) as log:
+    with desk(run.path, "fork"), EventLog(run, 0) as log:
         loop.run, loop.log = run, log
         save_checkpoint(loop)
     return run_to_end(run, lab, warn)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .callbacks import CALLBACKS
 from .config import NonNegativeInt, PositiveInt, config_sha256
-from .durable import create, digest, make_dir, publish, remove, replace, sha256
+from .durable import create, digest, make_dir, publish, remove, replace, sha256, staging
 from .guard import tensor_bytes, weights_facts
 from .record.directory import Run
 from .record.generations import CheckpointError, Found, current, generations
@@ -145,15 +145,15 @@ def save_checkpoint(
 
 def _store(final: Path, files: dict[str, bytes], run: Run, attempt: int) -> Path:
     "Publish a generation that nobody has announced yet"
-    staging = final.with_name(f".{final.name}-{attempt}")
     fence(run, attempt)
-    for leftover in (staging, final):  # of a process that died here before
-        remove(leftover)
-    make_dir(staging)
+    remove(final)  # of a process that died here before
+    make_dir(final.parent)
+    place = staging(final)
     for file, data in files.items():
-        create(staging / file, data)
+        create(place / file, data)
     fence(run, attempt)
-    return publish(staging, final)
+    publish(place, final)
+    return final
 
 # %% ../nbs/52_checkpoint.ipynb #70fb2d14
 def _announce(folder: Path, keep: int = KEEP) -> None:

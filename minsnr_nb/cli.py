@@ -104,12 +104,13 @@ def _resume(
     *overrides: _Pair,  # Settings that the run must agree with
     allow: _Each = None,  # A difference that may change bits: code, torch, …
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
+    force: bool = False,  # Take it over from a process that lives, or may live
     trust_code: _Hash = None,  # Accept the run's own code, once you have read it
 ) -> None:
     "Continue a run from its last checkpoint: minsnr resume RUN"
     from minsnr_nb.api import resume_run
 
-    how: dict = {"device": device, "announce": announce, "warn": _warn}
+    how: dict = {"device": device, "force": force, "announce": announce, "warn": _warn}
     resume_run(run, overrides=overrides, allow=tuple(allow or ()), **how)
 
 # %% ../nbs/73_cli.ipynb #ccc380fa

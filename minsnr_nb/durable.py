@@ -7,6 +7,11 @@ supply can do to a run is decided, and tested, on this page. Three promises:
 - `Appender.line`: a line is in the log whole, or it was the last one and lacks its newline;
 - every failure is one `DurableError` naming the operation, the path and the errno; temporary files
   are gone by then. A failed fsync is never repeated: Linux may call the lost pages clean.
+
+Who writes into a directory that others may take over has a `desk` there: one hidden directory from which
+every rename and every link starts, and to which everything removed goes. Whoever takes over clears the
+desks of all others first. A process that was stopped between any check and the rename that follows
+finds, whenever it wakes, that the rename has no source: it cannot change what is published.
 """
 
 import errno
@@ -28,19 +33,27 @@ except ImportError:  # Windows
 
 __all__ = [
     "Appender",
+    "Displaced",
     "DurableError",
     "alone",
     "claim",
     "create",
+    "clear_desks",
     "cut",
+    "desk",
     "digest",
+    "hold",
+    "is_held",
     "make_dir",
     "publish",
     "publish_files",
     "remove",
     "remove_empty",
+    "renew",
+    "release",
     "replace",
     "sha256",
+    "staging",
     "whole_lines",
 ]
 
@@ -53,12 +66,19 @@ class DurableError(MinsnrError):
     errno: int | None = None
 
 
+class Displaced(DurableError):
+    "Somebody else has taken over what this process was writing; it writes nothing more"
+
+
 @contextmanager
 def _doing(verb: str, path):
     "Turn an `OSError` inside into the one line a user can act on"
     try:
         yield
     except OSError as e:
+        if (place := _desk_of(path)) and not place.is_dir():
+            gone = "was taken over by another process, or removed; this one writes nothing more"
+            raise Displaced(f"{place.parent}: {gone}") from None
         code = errno.errorcode.get(e.errno or 0, type(e).__name__)
         error = DurableError(f"cannot {verb} {path}: {e.strerror or e} ({code})")
         error.errno = e.errno
@@ -108,15 +128,61 @@ def _write_new(path: Path, data: Data, mode: int, sync: bool) -> None:
         os.close(fd)
 
 
-def _hidden_beside(path: Path, prefix: str) -> Path:
-    "A fresh dot-name in the same directory: renames stay inside one file system"
-    return path.parent / f".{prefix}-{secrets.token_hex(6)}"
+_desks: dict[str, Path] = {}  # directory -> where this process stages what it writes below it
+
+
+def _desk_of(path) -> Path | None:
+    "The desk from which a path is written, if its directory has one"
+    text = os.path.abspath(path) if _desks else ""
+    return next((d for root, d in _desks.items() if text.startswith(root)), None)
+
+
+@contextmanager
+def desk(root, owner: str):
+    "Stage every write below `root` in one hidden directory; `clear_desks` ends what this process can do"
+    key = os.path.join(os.path.abspath(root), "")
+    if key in _desks:  # of this process: a finished run that is opened once more
+        yield _desks[key]
+        return
+    place = Path(root, f".desk-{owner}-{secrets.token_hex(4)}")
+    with _doing("make", place):
+        os.mkdir(place)
+    _desks[key] = place
+    try:
+        yield place
+    finally:
+        del _desks[key]
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def clear_desks(root) -> None:
+    "Remove the desks of all others below `root`: from here on they publish nothing there"
+    mine = _desks.get(os.path.join(os.path.abspath(root), ""))
+    for place in Path(root).glob(".desk-*"):
+        if place != mine:
+            gone = place.with_name(f".gone-{secrets.token_hex(6)}")
+            with _doing("clear", place), suppress(FileNotFoundError):
+                os.rename(place, gone)
+                shutil.rmtree(gone)
+
+
+def staging(final) -> Path:
+    "A fresh directory in which `final` is put together before `publish`"
+    place = _hidden(Path(final), "new")
+    with _doing("make", place):
+        os.mkdir(place)
+    return place
+
+
+def _hidden(path: Path, prefix: str) -> Path:
+    "A fresh name on the desk, or a dot-name in the same directory: renames stay inside one file system"
+    return (_desk_of(path) or path.parent) / f".{prefix}-{secrets.token_hex(6)}"
 
 
 @contextmanager
 def _flushed_beside(path: Path, data: Data, mode: int = 0o666):
     "`data` in a flushed temporary file next to `path`; whatever happens it is gone afterwards"
-    temp = _hidden_beside(path, "tmp")
+    temp = _hidden(path, "tmp")
     _write_new(temp, data, mode, sync=True)
     try:
         yield temp
@@ -204,6 +270,60 @@ class Appender:
         self.close()
 
 
+_held: dict[
+    str, tuple[int, int]
+] = {}  # directory -> the process that locked it, and its descriptor
+
+
+def hold(folder) -> bool:
+    "Lock a directory for as long as this process lives; False where the file system has no locks"
+    key = os.path.abspath(folder)
+    if _held.get(key, (0, 0))[0] == os.getpid():
+        return True
+    if fcntl is None:
+        return False
+    with _doing("open", folder):
+        fd = os.open(folder, os.O_RDONLY)
+    for _ in range(10):  # somebody may be asking just now
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _held[key] = os.getpid(), fd
+            return True
+        except BlockingIOError:
+            time.sleep(0.02)
+        except OSError:  # a file system without locks
+            break
+    os.close(fd)
+    return False
+
+
+def release(folder) -> None:
+    "Unlock a directory that this process holds"
+    pid, fd = _held.pop(os.path.abspath(folder), (0, -1))
+    if pid == os.getpid():
+        with suppress(OSError):
+            os.close(fd)
+
+
+def is_held(folder) -> bool | None:
+    "Whether a living process holds a directory, this one included; None where nobody can say"
+    if _held.get(os.path.abspath(folder), (0, 0))[0] == os.getpid():
+        return True
+    if fcntl is None:
+        return None
+    with _doing("open", folder):
+        fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
 @contextmanager
 def alone(folder, wait_s: float = 60.0):
     "Wait until no other process is in here with the same directory; a death lets the next one in"
@@ -237,10 +357,14 @@ def make_dir(path) -> list[Path]:
     "Make a directory and its missing parents; the ones that were made, outermost first"
     path = Path(path)
     missing: list[Path] = []
+    place = _desk_of(path)
     for parent in (path, *path.parents):
         if parent.is_dir():
             break
         missing.insert(0, parent)
+    if place and (place in missing or place.parent in missing):
+        with _doing("make", path):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     made: list[Path] = []
     try:
         for parent in missing:
@@ -287,7 +411,7 @@ def publish(staging, final) -> Path:
 def publish_files(final, files: Mapping[str, Data]) -> Path:
     "Make a directory of files visible at once, or leave nothing; a name ending in / is a directory"
     final = Path(final)
-    staging = _hidden_beside(final, "new")
+    staging = _hidden(final, "new")
     try:
         for name, data in files.items():
             make_dir(staging / name if name.endswith("/") else (staging / name).parent)
@@ -303,12 +427,15 @@ def remove(path) -> None:
     path = Path(path)
     with _doing("remove", path):
         if path.is_dir() and not path.is_symlink():
-            gone = path if path.name.startswith(".") else _hidden_beside(path, "gone")
+            gone = path if path.name.startswith(".") else _hidden(path, "gone")
             if gone != path:
                 os.rename(path, gone)
             shutil.rmtree(gone)
         elif os.path.lexists(path):
-            os.unlink(path)
+            gone = path
+            if _desk_of(path):  # taken to the desk first: without a desk nothing is removed
+                os.replace(path, gone := _hidden(path, "gone"))
+            os.unlink(gone)
         else:
             return
         _fsync(path.parent)
@@ -340,7 +467,7 @@ def whole_lines(path) -> int:
 
 
 def cut(path, size: int, keep_to) -> int:
-    "Truncate a log to `size` bytes after its tail was kept in `keep_to`; the bytes cut off"
+    "Make a log end after `size` bytes, once its tail is kept in `keep_to`; the bytes cut off"
     path, keep_to = Path(path), Path(keep_to)
     with _doing("read", path), open(path, "rb") as f:
         if f.seek(0, os.SEEK_END) < size:
@@ -350,10 +477,14 @@ def cut(path, size: int, keep_to) -> int:
     if tail:
         make_dir(keep_to.parent)
         replace(_free_or_equal(keep_to, tail), tail)
-        with _doing("truncate", path):
-            os.truncate(path, size)
-            _fsync(path)
+        renew(path, size)
     return len(tail)
+
+
+def renew(path, size: int) -> None:
+    "Put the first `size` bytes of a log in its place as a new file: who has the old one open appends to nothing"
+    with _doing("read", path), open(path, "rb") as f:
+        replace(path, iter(lambda: f.read(min(1 << 20, size - f.tell())), b""))
 
 
 def _free_or_equal(path: Path, data: bytes) -> Path:

@@ -10,12 +10,13 @@ __all__ = ['STREAMS', 'switches', 'new_run', 'tell_papermill', 'Heartbeat', 'Run
 import json
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from .record.generations import Found, find_checkpoint
 from .config import Config, Loaded, TrainSection, config_sha256
 from .errors import ConfigError, MinsnrError, nearest
 from .data import ImageSet
-from .durable import Appender, alone, sha256
+from .durable import Appender, Displaced, alone, clear_desks, desk, release, sha256
 from .evaluate import report
 from .record.evaluations import decided_by, deciding, keep_evaluation, new_evaluation
 from .record.events import EventLog, lifecycle, printed, rewind
@@ -37,7 +38,15 @@ from .requests import Requests, Stopped, catching
 from .record.directory import Run, create_run
 from .record.directory import write_summary
 from .record.checks import is_sealed
-from .record.state import beat, fence, set_status, start_attempt
+from minsnr_nb.record.state import (
+    attempts_of,
+    beat,
+    fence,
+    read_status,
+    refuse_owner,
+    set_status,
+    start_attempt,
+)
 from .record.seal import seal, unseal
 from .record.trust import code_record, trust
 from .train_loop import Callback, Loop, NonFiniteLoss, StepResult, TrainState, train
@@ -142,17 +151,36 @@ def tell_papermill(
 
 # %% ../nbs/71_runner.ipynb #d0101356
 class Heartbeat(Callback):
-    "Sign of life every ten seconds"
+    "Sign of life every ten seconds from a thread of its own, whatever training is doing"
 
     order = 0
+    interval = 10.0
 
     def __init__(self, run: Run, attempt: int):
-        self.run, self.attempt, self._last = run, attempt, time.monotonic()
+        self.run, self.attempt, self.step, self.count = run, attempt, 0, 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def after_step(self, loop: Loop, result: StepResult) -> None:
-        if time.monotonic() - self._last >= 10:
-            beat(self.run, result.step, self.attempt)
-            self._last = time.monotonic()
+        self.step = result.step
+
+    def _beat(self) -> None:
+        while not self._end.wait(self.interval):
+            self.count += 1
+            try:
+                beat(self.run, self.step, self.attempt, self.interval, self.count)
+            except Displaced:
+                return  # training is told so by its own next write
+            except MinsnrError:
+                continue  # a full disk is no death
+
+    def __enter__(self) -> "Heartbeat":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._end.set()
+        self._thread.join()
 
 
 class RunFailed(MinsnrError):
@@ -322,7 +350,8 @@ def close(
 ) -> None:
     "Seal a completed run; one that is not sound stays open, and that is a failure"
     try:
-        with alone(run.path / "meta"):
+        with alone(run.path / "meta"), desk(run.path, "seal"):
+            clear_desks(run.path)  # of those that died; nobody else writes to a completed run now
             if not is_sealed(run):
                 seal(run)
     except MinsnrError as e:
@@ -337,31 +366,70 @@ def _origin(found: Found) -> dict:
     }
 
 # %% ../nbs/71_runner.ipynb #14f574f0
-def _claim(
-    run: Run, lab: Lab, found: Found | None, allow: tuple[str, ...]
-) -> tuple[int, dict[str, str]]:
-    "Own the run, with its log where the checkpoint left it: the attempt, and what has changed"
+class _Claim(NamedTuple):
+    attempt: int
+    found: Found | None  # From where training goes on
+    changes: dict[str, str]  # What differs from then
+
+
+def _look(run: Run, lab: Lab, allow: tuple[str, ...], warn: Callable) -> _Claim:
+    "Which attempt would be next, from where it would go on, and whether it may"
+    number = (
+        len(attempts_of(run)) + 1
+    )  # before all else: what changes meanwhile makes the claim fail
+    found, damaged = find_checkpoint(run)
+    for problem in damaged:
+        warn(f"{run.id}: {problem}; using the checkpoint before it")
+    if found is None:
+        _refuse_orphan(run)
     changes = _changes(run, lab, found)
     _refuse(run, changes, allow)
+    return _Claim(number, found, changes)
+
+
+def _take(run: Run, lab: Lab, claim: _Claim, force: bool) -> _Claim:
+    "Own the run, with its log where the checkpoint left it"
     facts: dict[str, Any] = {"device": str(lab.device), "torch": torch.__version__}
-    facts |= {"overrides_allowed": sorted(changes)}
-    attempt = start_attempt(run, _origin(found) if found else None, facts)
+    facts |= {"overrides_allowed": sorted(claim.changes)}
+    origin = _origin(claim.found) if claim.found else None
+    attempt = start_attempt(run, origin, facts, claim.attempt, force)
+    found, _ = find_checkpoint(run)  # once more: now nobody else can change it
     unseal(run)
-    settle(run, found.path if found else None, attempt)
-    rewind(run, found.manifest["metrics"]["bytes"] if found else 0, attempt)
-    return attempt, changes
+    if read_status(run)["state"] != "completed":
+        settle(run, found.path if found else None, attempt)
+        rewind(run, found.manifest["metrics"]["bytes"] if found else 0, attempt)
+    return claim._replace(found=found)
 
-
+# %% ../nbs/71_runner.ipynb #d57a7e02
 def _train(run: Run, lab: Lab, loop: Loop, attempt: int, warn: Callable[[str], None]) -> None:
     "Train on record, answering requests"
-    service = Requests(run, attempt)
-    loop.callbacks += [Heartbeat(run, attempt), service]
+    service, heart = Requests(run, attempt), Heartbeat(run, attempt)
+    loop.callbacks += [heart, service]
     if lab.device.type == "cpu":
         loop.callbacks.append(SlowSteps(warn))
-    with recorded(run, loop, attempt), catching(service):
+    with heart, recorded(run, loop, attempt), catching(service):
         train(loop)
         service.check(loop)
     lifecycle(run, "completed", attempt=attempt, step=loop.state.step)
+
+# %% ../nbs/71_runner.ipynb #d57a7e03
+def _go_on(run: Run, lab: Lab, claim: _Claim, warn: Callable, begin: Callable | None) -> None:
+    "Train from the checkpoint that the claim found, unless somebody has done so meanwhile"
+    status, attempt = read_status(run), claim.attempt
+    if status["state"] == "completed":
+        warn(f"{run.id}: another process has completed it")
+        kept = {k: status[k] for k in ("step", "total_steps", "reason", "exit")}
+        return set_status(run, "completed", **kept, attempt=attempt)
+    with printed(run, attempt), EventLog(run, attempt) as log:
+        loop = make_loop(lab, run, log)
+        if claim.found:
+            restore(loop, claim.found)
+            for name, change in claim.changes.items():
+                warn(f"{run.id}: {name}: {change}; the numbers may differ in the last digits")
+        elif begin is not None:
+            begin(loop)
+        lifecycle(run, "started", attempt=attempt, step=loop.state.step)
+        _train(run, lab, loop, attempt, warn)
 
 # %% ../nbs/71_runner.ipynb #5de8298d
 def run_to_end(
@@ -370,26 +438,18 @@ def run_to_end(
     warn: Callable[[str], None] = quiet,  # Called with lines a person should see
     allow: tuple[str, ...] = (),  # Differences that may change bits: "code", "torch", …
     begin: Callable[[Loop], None] | None = None,  # Changes the state before the first step
+    force: bool = False,  # Take the run over from an owner that lives, or may live
 ) -> Run:
     "Train a run to its end, from its newest checkpoint if there is one"
-    found, damaged = find_checkpoint(run)
-    for problem in damaged:
-        warn(f"{run.id}: {problem}; using the checkpoint before it")
-    if found is None:
-        _refuse_orphan(run)
     with threads(run.provenance()["determinism"]["num_threads"]), switches(lab.cfg.train):
-        attempt, changes = _claim(run, lab, found, allow)
-        with printed(run, attempt), EventLog(run, attempt) as log:
-            loop = make_loop(lab, run, log)
-            if found is None and begin is not None:
-                begin(loop)
-            if found:
-                restore(loop, found)
-                for name, change in changes.items():
-                    warn(f"{run.id}: {name}: {change}; the numbers may differ in the last digits")
-            lifecycle(run, "started", attempt=attempt, step=loop.state.step, damaged=damaged)
-            _train(run, lab, loop, attempt, warn)
-    close(run)
+        claim = _look(run, lab, allow, warn)
+        refuse_owner(run, force, warn)
+        with desk(run.path, "train"):
+            try:
+                _go_on(run, lab, _take(run, lab, claim, force), warn, begin)
+                close(run)
+            finally:
+                release(run.attempts)
     return run
 
 # %% ../nbs/71_runner.ipynb #42005905

@@ -192,6 +192,8 @@ def lifecycle(
     if len(line) >= MAX_LINE:
         raise EventError(f"event {event!r}: more than 64 KiB")
     with durable.Appender(run.events_path) as log:
+        if "attempt" in info:
+            fence(run, info["attempt"])  # once the file is open: the next owner makes a new one
         log.line(line)
 
 # %% ../../nbs/record/18_events.ipynb #4ce244a2

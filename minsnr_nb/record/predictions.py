@@ -171,9 +171,7 @@ def _intact(run: Run, folder: Path) -> bool:
 # %% ../../nbs/record/20_predictions.ipynb #75802c50
 def _publish(final: Path, files: dict[str, bytes | str]) -> Path:
     "Make a directory of files visible at once, in place of a damaged one"
-    staging = final.with_name(f".step_{final.name}")  # a leftover is tidied by the next attempt
-    durable.remove(staging)
-    durable.make_dir(staging)
+    staging = durable.staging(final)  # a leftover is tidied by the next attempt
     for name, data in files.items():
         durable.create(staging / name, data)
     durable.remove(final)

@@ -70,7 +70,7 @@ def reopened(
     run: Run,  # Sealed or not
 ) -> Iterator[None]:
     "Let a run be written to, and seal it again if it was sealed"
-    with durable.alone(run.path / "meta"):
+    with durable.alone(run.path / "meta"), durable.desk(run.path, "visit"):
         sealed = is_sealed(run)
         if sealed:
             if bad := list(seal_problems(run)):
