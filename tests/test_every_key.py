@@ -92,7 +92,7 @@ def facts(run: Run) -> dict:
     timed = ("time", "system/", "eval/seconds")
     log = [{k: v for k, v in e.items() if not k.startswith(timed)} for e in read_events(run)]
     unnamed = lambda path: re.sub(
-        r"_[0-9a-f]{6,}(?=[._]|$)", "", path.relative_to(run.path).as_posix()
+        r"[_/][0-9a-f]{6,}(?=[._]|$)", "", path.relative_to(run.path).as_posix()
     )  # noqa: E731
     files = sorted({unnamed(p) for p in run.path.rglob("*") if p.is_file()})
     tensors = [api.read_tensors(p) for p in sorted(run.checkpoints_dir.glob("*"))]
