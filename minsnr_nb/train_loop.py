@@ -243,6 +243,7 @@ class Loop:
     seconds: dict[str, float] = field(
         default_factory=lambda: defaultdict(float)
     )  # Spent on data, step, evaluation, …
+    since: float = 0.0  # When the part began that is going on
 
     @property
     def done(self) -> bool:
@@ -256,9 +257,9 @@ class Loop:
     @contextmanager
     def spending(self, what: str) -> Iterator[None]:
         "Count the time of a block under a name"
-        since = time.perf_counter()
+        self.since = time.perf_counter()
         yield
-        self.seconds[what] += time.perf_counter() - since
+        self.seconds[what] += time.perf_counter() - self.since
 
 # %% ../nbs/50_train_loop.ipynb #a6ec87d2
 class NonFiniteLoss(MinsnrError):

@@ -332,6 +332,18 @@ def test_callback_that_raises_is_named_in_the_error_and_in_the_status(tmp_path, 
     assert printed.count("on the way") == 3 and "ZeroDivisionError" in printed
 
 
+def test_callback_that_refuses_is_named_in_its_line(tmp_path, own_callback):
+    class Strict(Callback):
+        "Refuse to go on"
+
+        def before_train(self, loop):
+            raise MinsnrError("not today")
+
+    listed = [{"name": own_callback(Strict)}]
+    with pytest.raises(MinsnrError, match="^Strict.before_train at step 0: not today$"):
+        train_run(read_yaml(SMALL)[0], {"callbacks": listed}, run_root=tmp_path)
+
+
 @pytest.mark.parametrize("direct", [False, True])
 def test_callbacks_that_write_one_name_are_both_named(tmp_path, own_callback, direct):
     class Other(Callback):

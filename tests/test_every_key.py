@@ -124,6 +124,29 @@ def test_every_key_changes_something(key, base, tmp_path, monkeypatch):
     assert bool(compiled) == (key == "train.compile")
 
 
+@pytest.mark.parametrize("key", ["deterministic", "tf32"])
+def test_every_key_of_switches_holds_while_training(key, tmp_path, monkeypatch):
+    "A CPU computes the same either way: what counts is what each step and the record see"
+    cudnn, matmul, seen = torch.backends.cudnn, torch.backends.cuda.matmul, set()
+    real = torch.Tensor.backward
+
+    def state() -> tuple:
+        algorithms = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic
+        return (*algorithms, matmul.allow_tf32, cudnn.allow_tf32)
+
+    def backward(self, *args, **kwargs):
+        seen.add(state())
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    before, wanted = state(), (key == "deterministic",) * 2 + (key == "tf32",) * 2
+    run = api.train_run(changed(f"train.{key}"), run_root=tmp_path, device="cpu")
+    said = run.provenance()["determinism"]
+    recorded = said["deterministic_algorithms"], said["cudnn"]["deterministic"]
+    assert seen == {wanted} == {(*recorded, said["tf32"]["matmul"], said["tf32"]["cudnn"])}
+    assert state() == before
+
+
 def test_every_key_of_evaluation_is_read(monkeypatch):
     "The one key that must not change a number is seen where it acts"
     from minsnr_nb.lab import build, load
