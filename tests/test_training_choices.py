@@ -118,7 +118,9 @@ def test_training_time_of_a_wait_belongs_to_its_interval(digits, monkeypatch):
     waits = iter([0.05, 0.001])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(next(waits)))
     cfg = Config.model_validate({"train": {"steps": 2, "log_every": 1}})
-    loop = Loop(cfg, state_of("mlp", digits.shape), make_objective(ORDINARY, "v", "min_snr"), digits)
+    loop = Loop(
+        cfg, state_of("mlp", digits.shape), make_objective(ORDINARY, "v", "min_snr"), digits
+    )
     loop.device, timing = SimpleNamespace(type="cuda"), CALLBACKS.bind("timing")()
     timing.before_train(loop)
     for loop.state.step in (1, 2):
