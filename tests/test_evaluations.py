@@ -134,7 +134,7 @@ def test_evaluations_of_a_run_without_them_enter_its_log_once(tmp_path):
     listed = {"callbacks": [{"name": "log_events"}, {"name": "checkpoint"}]}
     run = train_run(read_yaml(SMALL)[0], listed, run_root=tmp_path)
     eval_run(run.path, overrides=("sampler.steps=2",))
-    assert "eval/" not in run.summary_path.read_text()
+    assert "eval/" not in run.summary_path.read_text() and read_evaluation(run) is None
     _, values = eval_run(run.path)
     final = json.loads(run.summary_path.read_text())["final"]
     assert final["eval/fd@digits_cnn"] == values["eval/fd@digits_cnn"]
