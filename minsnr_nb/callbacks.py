@@ -151,14 +151,17 @@ class Timing(Callback):
         self._start(loop, loop.state.step)
 
     def _start(self, loop: Loop, step: int) -> None:
-        self._since, self._step = time.perf_counter(), step
+        self._since = loop.since = time.perf_counter()
+        self._step = step
         loop.seconds.clear()
 
     def after_step(self, loop: Loop, result: StepResult) -> None:
         if loop.due(loop.cfg.train.log_every):
             if loop.device.type == "cuda":
                 torch.cuda.synchronize()
-            took = time.perf_counter() - self._since
+            now = time.perf_counter()
+            loop.seconds[self.takes] += now - loop.since
+            took = now - self._since
             per_step = took / (result.step - self._step)
             rate = loop.cfg.train.batch_size / per_step
             loop.scalars |= {"time/step_ms": 1e3 * per_step, "time/images_per_s": rate}

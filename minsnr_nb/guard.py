@@ -211,7 +211,7 @@ def tensor_bytes(
     tensor_header(data, path)
     return data
 
-
+# %% ../nbs/05_guard.ipynb #7f85b53d
 def weights_facts(
     path: str | Path,  # A .safetensors file
 ) -> dict[str, str]:  # What its writer noted beside the tensors

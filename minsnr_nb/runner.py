@@ -182,7 +182,7 @@ class Heartbeat(Callback):
         self._end.set()
         self._thread.join()
 
-
+# %% ../nbs/71_runner.ipynb #1001ecaa
 class RunFailed(MinsnrError):
     "A run ended before its last step; its directory says why"
 
@@ -386,7 +386,7 @@ def _look(run: Run, lab: Lab, allow: tuple[str, ...], warn: Callable) -> _Claim:
     _refuse(run, changes, allow)
     return _Claim(number, found, changes)
 
-
+# %% ../nbs/71_runner.ipynb #f4bdaecb
 def _take(run: Run, lab: Lab, claim: _Claim, force: bool) -> _Claim:
     "Own the run, with its log where the checkpoint left it"
     facts: dict[str, Any] = {"device": str(lab.device), "torch": torch.__version__}

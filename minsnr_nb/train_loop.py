@@ -246,6 +246,7 @@ class Loop:
     seconds: dict[str, float] = field(
         default_factory=lambda: defaultdict(float)
     )  # Spent on data, step, evaluation, …
+    since: float = 0.0  # When the part began that is going on
 
     @property
     def done(self) -> bool:
@@ -259,9 +260,9 @@ class Loop:
     @contextmanager
     def spending(self, what: str) -> Iterator[None]:
         "Count the time of a block under a name"
-        since = time.perf_counter()
+        self.since = time.perf_counter()
         yield
-        self.seconds[what] += time.perf_counter() - since
+        self.seconds[what] += time.perf_counter() - self.since
 
 # %% ../nbs/50_train_loop.ipynb #a6ec87d2
 class NonFiniteLoss(MinsnrError):
@@ -309,7 +310,7 @@ def _asking(loop: "Loop") -> Callable[..., None]:
 
     return ask
 
-
+# %% ../nbs/50_train_loop.ipynb #9ed5f8b1
 def _name_callback(e: Exception, where: str) -> None:
     "Say in an exception where it comes from; its type stays"
     if isinstance(e, MinsnrError):

@@ -134,7 +134,7 @@ def test_evaluations_of_a_run_without_them_enter_its_log_once(tmp_path):
     listed = {"callbacks": [{"name": "log_events"}, {"name": "checkpoint"}]}
     run = train_run(read_yaml(SMALL)[0], listed, run_root=tmp_path)
     eval_run(run.path, overrides=("sampler.steps=2",))
-    assert "eval/" not in run.summary_path.read_text()
+    assert "eval/" not in run.summary_path.read_text() and read_evaluation(run) is None
     _, values = eval_run(run.path)
     final = json.loads(run.summary_path.read_text())["final"]
     assert final["eval/fd@digits_cnn"] == values["eval/fd@digits_cnn"]
@@ -347,6 +347,18 @@ def test_callback_that_raises_is_named_in_the_error_and_in_the_status(tmp_path, 
     )
     printed = (paths[0] / "logs/stdout.log").read_text()
     assert printed.count("on the way") == 3 and "ZeroDivisionError" in printed
+
+
+def test_callback_that_refuses_is_named_in_its_line(tmp_path, own_callback):
+    class Strict(Callback):
+        "Refuse to go on"
+
+        def before_train(self, loop):
+            raise MinsnrError("not today")
+
+    listed = [{"name": own_callback(Strict)}]
+    with pytest.raises(MinsnrError, match="^Strict.before_train at step 0: not today$"):
+        train_run(read_yaml(SMALL)[0], {"callbacks": listed}, run_root=tmp_path)
 
 
 @pytest.mark.parametrize("direct", [False, True])

@@ -92,7 +92,7 @@ def facts(run: Run) -> dict:
     timed = ("time", "system/", "eval/seconds")
     log = [{k: v for k, v in e.items() if not k.startswith(timed)} for e in read_events(run)]
     unnamed = lambda path: re.sub(
-        r"_[0-9a-f]{6,}(?=[._]|$)", "", path.relative_to(run.path).as_posix()
+        r"[_/][0-9a-f]{6,}(?=[._]|$)", "", path.relative_to(run.path).as_posix()
     )  # noqa: E731
     files = sorted({unnamed(p) for p in run.path.rglob("*") if p.is_file()})
     tensors = [api.read_tensors(p) for p in sorted(run.checkpoints_dir.glob("*"))]
@@ -122,6 +122,29 @@ def test_every_key_changes_something(key, base, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
     assert facts(api.train_run(changed(key), run_root=tmp_path, device="cpu")) != base
     assert bool(compiled) == (key == "train.compile")
+
+
+@pytest.mark.parametrize("key", ["deterministic", "tf32"])
+def test_every_key_of_switches_holds_while_training(key, tmp_path, monkeypatch):
+    "A CPU computes the same either way: what counts is what each step and the record see"
+    cudnn, matmul, seen = torch.backends.cudnn, torch.backends.cuda.matmul, set()
+    real = torch.Tensor.backward
+
+    def state() -> tuple:
+        algorithms = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic
+        return (*algorithms, matmul.allow_tf32, cudnn.allow_tf32)
+
+    def backward(self, *args, **kwargs):
+        seen.add(state())
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    before, wanted = state(), (key == "deterministic",) * 2 + (key == "tf32",) * 2
+    run = api.train_run(changed(f"train.{key}"), run_root=tmp_path, device="cpu")
+    said = run.provenance()["determinism"]
+    recorded = said["deterministic_algorithms"], said["cudnn"]["deterministic"]
+    assert seen == {wanted} == {(*recorded, said["tf32"]["matmul"], said["tf32"]["cudnn"])}
+    assert state() == before
 
 
 def test_every_key_of_evaluation_is_read(monkeypatch):

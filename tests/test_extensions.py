@@ -3,6 +3,7 @@
 import json
 import linecache
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from tests.runs import BIN, ROOT, SMALL, digests, environment, minsnr, run_dir, 
 
 OWN = """\
 import os
+import re
 from pathlib import Path
 
 from minsnr_nb.minsnr_loss import WEIGHTINGS
@@ -330,7 +332,7 @@ def caught(snr):
 @pytest.fixture
 def notebook():
     yield {"__name__": "__main__"}
-    for name in {"caught"} & set(WEIGHTINGS):
+    for name in {"caught", "my_weighting"} & set(WEIGHTINGS):
         WEIGHTINGS.remove(name)
 
 
@@ -434,6 +436,23 @@ def test_a_cell_run_again_is_captured_again(notebook):
         run_cell(HEAD + WEIGHT.format(f"snr * {factor}"), notebook)
         digests.add(lab.for_training(lab.load({"loss": {"name": "caught"}})).cfg.code[0].sha256)
     assert len(digests) == 2
+
+
+def test_the_cells_of_the_readme_run(notebook, tmp_path, monkeypatch, capsys):
+    "The weighting and the study with it, as a reader copies them; only shorter"
+    text = (ROOT / "README.md").read_text()
+    cells = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    monkeypatch.setenv("MINSNR_RUNS", str(tmp_path / "runs"))
+    shorter = {
+        '{"loss": {"name": "my_weighting", ': '{"train": {"steps": 20}, "loss": {"name": "my_weighting", '
+    }
+    shorter["steps=2000"] = "steps=20"
+    for long, short in shorter.items():
+        assert sum(long in cell for cell in cells) == 1, long
+        cells = [cell.replace(long, short) for cell in cells]
+    for cell in cells:
+        run_cell(cell, notebook)
+    assert notebook["study"].ids in capsys.readouterr().out
 
 
 # --- it is not run by itself ----------------------------------------------------------------------

@@ -182,6 +182,17 @@ def first_prose(nb):
     return next(c for c in nb["cells"] if c["cell_type"] == "markdown")
 
 
+def only_headings(nb: dict) -> None:
+    for c in nb["cells"]:
+        if c["cell_type"] == "markdown":
+            c["source"] = ["# Only a heading"]
+
+
+def write_page(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(WING | {"cells": WING["cells"][1:3]}))
+
+
 def output(**out):
     return edit(lambda nb: first_code(nb).update(outputs=[out]))
 
@@ -209,6 +220,14 @@ BROKEN = {
         "layers",
         add("minsnr_nb/analysis/wing.py", "def f():\n    from ..record import git\n"),
         "never imports record",
+    ),
+    "the record imports torch": (
+        "layers",
+        lambda h: (
+            add("minsnr_nb/record/new.py", "def f():\n    import torch\n")(h),
+            write_page(h / "nbs/record/10_new.ipynb"),
+        ),
+        "record never imports torch",
     ),
     "a wing imports upwards": (
         "layers",
@@ -318,6 +337,12 @@ BROKEN = {
         edit(lambda nb: nb.update(cells=[c for c in nb["cells"] if c["cell_type"] == "code"])),
         "0 markdown cells with prose",
     ),
+    "headings without prose": ("nbs", edit(lambda nb: only_headings(nb)), "0 markdown cells with"),
+    "too many pages": (
+        "nbs",
+        lambda h: [write_page(h / f"nbs/{n}_page.ipynb") for n in range(50, 83)],
+        "at most 32",
+    ),
     "no export": (
         "nbs",
         edit(lambda nb: first_code(nb)["source"].append("\n#| export\nfrom . import x")),
@@ -334,6 +359,7 @@ BROKEN = {
     "missing notebook": ("docs", add("README.md", "`37_nowhere`\n"), "no such notebook"),
     "a key on no page": ("docs", unsaid("`train.steps`"), "key `train.steps` is on no page"),
     "a verb on no page": ("docs", unsaid("`minsnr train`"), "verb `minsnr train` is on no page"),
+    "missing test": ("docs", add("nbs/docs/problems.qmd", "`test_nobody_wrote`\n"), "no such test"),
     "missing registry": ("docs", add("README.md", "`POTIONS`\n"), "no module defines"),
     "missing module": ("docs", add("README.md", "`minsnr_nb.confg.Config`\n"), "no such module"),
     "missing name": ("docs", add("README.md", "`minsnr_nb.config.Confg`\n"), "no such name"),

@@ -8,9 +8,12 @@ import time
 
 import pytest
 
+from minsnr_nb.api import train_run
 from minsnr_nb.record.directory import open_run
 from minsnr_nb.record.state import derive_state
 from minsnr_nb.requests import ask
+from minsnr_nb.runner import SlowSteps
+from minsnr_nb.strict_yaml import read_yaml
 from tests.runs import BIN, ROOT, SMALL, digests, environment, log_lines, minsnr, run_dir
 
 LONG = SMALL.replace("steps: 12, batch_size: 32", "steps: 300, batch_size: 32")
@@ -114,3 +117,12 @@ def test_a_run_that_trains_cannot_be_evaluated_into_its_own_log(config, tmp_path
     assert run.metrics_path.read_bytes() == log
     child.kill()
     child.communicate()
+
+
+def test_a_run_whose_steps_become_slow_says_so_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(SlowSteps, "times", 0)  # each window of steps counts as slow
+    said: list[str] = []
+    listed = {"callbacks": [{"name": "log_events"}], "train": {"steps": 64}}
+    train_run(read_yaml(SMALL)[0], listed, run_root=tmp_path, device="cpu", warn=said.append)
+    (line,) = [x for x in said if "steps took" in x]
+    assert "OMP_WAIT_POLICY=PASSIVE" in line and "MINSNR_THREADS=1" in line

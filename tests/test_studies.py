@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -151,3 +152,25 @@ def test_wrong_values_leave_no_run(wrong, part, tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and last.startswith("Error: ") and part in last, done.stderr[-1500:]
     assert not (tmp_path / "runs").exists()
+
+
+def test_studies_of_a_grid_are_executed_once_each(tmp_path, monkeypatch):
+    "Every combination gets a notebook of its own; what failed is executed again, what is done is not"
+    import papermill
+
+    from minsnr_nb.study import run_grid
+
+    asked, failing = [], {"gamma": 5.0, "seed": 1, "steps": 10}
+
+    def execute(source, out, parameters, **_):
+        asked.append(parameters)
+        about = {"end_time": "now", "exception": True if parameters == failing else None}
+        Path(out).write_text(json.dumps({"metadata": {"papermill": about}}))
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    grid = {"gamma": [1.0, 5.0], "seed": [0, 1]}
+    done = run_grid("nbs/study_e02.ipynb", tmp_path / "out", {"steps": 10}, **grid)
+    assert len(asked) == 4 == len(set(done)) and all(p["steps"] == 10 for p in asked)
+    assert "study_e02_gamma-5.0_seed-1.ipynb" in {p.name for p in done}
+    assert run_grid("nbs/study_e02.ipynb", tmp_path / "out", {"steps": 10}, **grid) == done
+    assert asked[4:] == [failing]

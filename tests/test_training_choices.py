@@ -1,5 +1,8 @@
 """One mini-batch, trained on over every loss, prediction and network; and what watches it changes nothing."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -101,8 +104,26 @@ def test_training_is_bit_equal_whoever_watches(watching, digits):
     for a, b in zip(plain.log.rows, watched.log.rows, strict=True):
         assert a.items() <= b.items() and len(b) > len(a)
         shares = [v for k, v in b.items() if k.startswith("train/grad_share/")]
+        assert bool(shares) == ("grad_share" in watching)
         assert not shares or sum(shares) == pytest.approx(1)
         parts = [v for k, v in b.items() if k.startswith("time/share/")]
-        assert not parts or 0 < sum(parts) <= 1
+        assert bool(parts) == ("timing" in watching)
+        assert not parts or 0.3 < sum(parts) <= 1 + 1e-9
     for a, b in zip(plain.state.model.parameters(), watched.state.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_training_time_of_a_wait_belongs_to_its_interval(digits, monkeypatch):
+    "What `Timing` waits for the device is time of the line that it writes, not of the next one"
+    waits = iter([0.05, 0.001])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(next(waits)))
+    cfg = Config.model_validate({"train": {"steps": 2, "log_every": 1}})
+    loop = Loop(
+        cfg, state_of("mlp", digits.shape), make_objective(ORDINARY, "v", "min_snr"), digits
+    )
+    loop.device, timing = SimpleNamespace(type="cuda"), CALLBACKS.bind("timing")()
+    timing.before_train(loop)
+    for loop.state.step in (1, 2):
+        with loop.spending(timing.takes):
+            timing.after_step(loop, SimpleNamespace(step=loop.state.step))
+        assert 0.3 < loop.scalars["time/share/watching"] <= 1 + 1e-9

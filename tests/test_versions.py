@@ -2,14 +2,16 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
 from minsnr_nb import api
 from minsnr_nb.durable import digest
-from minsnr_nb.errors import ConfigError
+from minsnr_nb.errors import ConfigError, MinsnrError
 from minsnr_nb.record.checks import check_run
-from minsnr_nb.record.directory import LAYOUT, LAYOUT_VERSION, open_run
+from minsnr_nb.record.directory import LAYOUT, LAYOUT_VERSION, Run, open_run
+from minsnr_nb.record.generations import find_checkpoint
 from tests.runs import ROOT
 
 KNOWN = ROOT / "tests/data/documents.json"
@@ -64,16 +66,44 @@ def test_versions_of_documents(run):
 
 
 def test_versions_of_later_runs_are_refused_in_one_line(run, tmp_path):
-    import shutil
-
-    later = tmp_path / run.id
-    shutil.copytree(run.path, later)
-    stamp = later / "meta/provenance.json"
+    copy = shutil.copytree(run.path, tmp_path / run.id)
+    stamp = copy / "meta/provenance.json"
     stamp.chmod(0o644)
     stamp.write_text(stamp.read_text().replace('"layout_version": 1', '"layout_version": 99'))
     with pytest.raises(ConfigError, match="layout_version 99; this version of minsnr_nb reads"):
-        open_run(later)
-    assert any("layout_version 99" in c.message for c in check_run(later))
+        open_run(copy)
+    assert any("layout_version 99" in c.message for c in check_run(copy))
+
+
+def later(run, kind: str, place):
+    "A copy of a run, one kind of whose documents says that it is of version 99"
+    copy = Run(shutil.copytree(run.path, place / run.id))
+    for name in ("meta/seal.json", "meta/manifest.json") if kind != "meta/manifest.json" else ():
+        (copy.path / name).unlink()
+    for path in copy.path.glob(kind):
+        facts = json.loads(path.read_text())
+        key = next(v for v in VERSIONS if v in facts)
+        path.chmod(0o644)
+        path.write_text(json.dumps(facts | {key: 99}, indent=1))
+    return copy, f"{key} 99; this version of minsnr_nb reads up to 1"
+
+
+KINDS = {k for k, v in json.loads(KNOWN.read_text())["documents"].items() if v["version"]}
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS - {"meta/provenance.json"}))
+def test_versions_of_later_documents_are_named(kind, run, tmp_path):
+    copy, says = later(run, kind, tmp_path)
+    said = {c.message for c in check_run(copy.path) if c.id == "AB.versions" and not c.ok}
+    assert said == {says}
+
+
+def test_versions_of_later_checkpoints_are_refused_by_resume(run, tmp_path):
+    copy, says = later(run, "ckpts/last/*/MANIFEST.json", tmp_path)
+    (copy.ckpts_last / "CURRENT.json").unlink()  # its digest would speak first
+    with pytest.raises(MinsnrError, match=f"no intact checkpoint: .*{says}") as e:
+        find_checkpoint(copy)
+    assert "\n" not in str(e.value)
 
 
 if __name__ == "__main__":  # after a version was raised: python -m tests.test_versions

@@ -200,7 +200,7 @@ for name, field in Config.model_fields.items():
 for path in sorted(Path("minsnr_nb").rglob("*.py")):
     for name in re.findall(r"^([A-Z_]+) = Registry\\(", path.read_text("utf-8"), re.M):
         print("registry", name)
-if Path("minsnr_nb/run_dir.py").exists():
+if Path("minsnr_nb/record/directory.py").exists():
     from minsnr_nb.record.directory import LAYOUT
     print(*(f"entry {e.path}" for e in LAYOUT), sep="\\n")
 """

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUT_VERSION', 'LAYOUT', 'RUN_NAME', 'TERMINAL', 'STATES', 'RESERVED', 'PROJECT', 'Entry', 'layout_table', 'Run',
-           'run_name', 'manifest_of', 'status_record', 'summarise', 'write_summary', 'create_run', 'version_problem',
-           'open_run', 'list_runs', 'find_run']
+           'run_name', 'manifest_of', 'status_record', 'summarise', 'write_summary', 'create_run', 'later_version',
+           'version_problem', 'open_run', 'list_runs', 'find_run']
 
 # %% ../../nbs/record/15_directory.ipynb #f84cd40b
 import errno
@@ -337,14 +337,24 @@ def _sweep(home: Path, older_s: float = 86_400.0) -> None:
                 durable.remove(staging)
 
 # %% ../../nbs/record/15_directory.ipynb #b65ee4d6
+def later_version(
+    facts: dict,  # Content of a document
+    key: str,  # Under which it states its version
+    known: int,  # The last one that can be read
+) -> str | None:  # What this version of the package cannot read, if anything
+    "Say when a document was written by a later version"
+    found = facts.get(key, known)
+    if type(found) is int and found > known:
+        return f"{key} {found}; this version of minsnr_nb reads up to {known}"
+    return None
+
+
 def version_problem(
     run: Run,
 ) -> str | None:  # What this version of the package cannot read, if anything
     "Say when a run was laid out by a later version"
-    found = (json_or_none(run.provenance_path) or {}).get("layout_version", LAYOUT_VERSION)
-    if type(found) is int and found > LAYOUT_VERSION:
-        return f"layout_version {found}; this version of minsnr_nb reads up to {LAYOUT_VERSION}"
-    return None
+    stamp = json_or_none(run.provenance_path) or {}
+    return later_version(stamp, "layout_version", LAYOUT_VERSION)
 
 
 def open_run(
