@@ -39,18 +39,18 @@ __all__ = [
     "claim",
     "create",
     "clear_desks",
+    "close_desk",
     "cut",
     "desk",
     "digest",
-    "hold",
     "is_held",
     "make_dir",
+    "open_desk",
     "publish",
     "publish_files",
     "remove",
     "remove_empty",
     "renew",
-    "release",
     "replace",
     "sha256",
     "staging",
@@ -128,36 +128,61 @@ def _write_new(path: Path, data: Data, mode: int, sync: bool) -> None:
         os.close(fd)
 
 
-_desks: dict[str, Path] = {}  # directory -> where this process stages what it writes below it
+_desks: dict[str, tuple[Path, int]] = {}  # directory -> where we stage what we write below it
 
 
 def _desk_of(path) -> Path | None:
     "The desk from which a path is written, if its directory has one"
     text = os.path.abspath(path) if _desks else ""
-    return next((d for root, d in _desks.items() if text.startswith(root)), None)
+    return next((place for root, (place, _) in _desks.items() if text.startswith(root)), None)
+
+
+def _key(root) -> str:
+    return os.path.join(os.path.abspath(root), "")
+
+
+def open_desk(root, owner: str) -> Path:
+    "Stage every write below `root` in one hidden directory, which is locked while this process lives"
+    key = _key(root)
+    if key in _desks and _desks[key][0].is_dir():  # a run that this process opens once more
+        return _desks[key][0]
+    close_desk(root)
+    place = Path(root, f".desk-{owner}-{secrets.token_hex(4)}")
+    with _doing("make", place):
+        os.mkdir(place)
+    fd = -1
+    if fcntl:
+        with _doing("open", place):
+            fd = os.open(place, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _desks[key] = place, fd
+    return place
+
+
+def close_desk(root) -> None:
+    "Write below `root` without a desk again"
+    place, fd = _desks.pop(_key(root), (None, -1))
+    if place:
+        shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):
+            os.close(fd)
 
 
 @contextmanager
 def desk(root, owner: str):
-    "Stage every write below `root` in one hidden directory; `clear_desks` ends what this process can do"
-    key = os.path.join(os.path.abspath(root), "")
-    if key in _desks:  # of this process: a finished run that is opened once more
-        yield _desks[key]
-        return
-    place = Path(root, f".desk-{owner}-{secrets.token_hex(4)}")
-    with _doing("make", place):
-        os.mkdir(place)
-    _desks[key] = place
+    "Have a desk for a while; a second one of the same process is the first"
+    mine = _key(root) not in _desks
     try:
-        yield place
+        yield open_desk(root, owner)
     finally:
-        del _desks[key]
-        shutil.rmtree(place, ignore_errors=True)
+        if mine:
+            close_desk(root)
 
 
 def clear_desks(root) -> None:
     "Remove the desks of all others below `root`: from here on they publish nothing there"
-    mine = _desks.get(os.path.join(os.path.abspath(root), ""))
+    mine, _ = _desks.get(_key(root), (None, -1))
     for place in Path(root).glob(".desk-*"):
         if place != mine:
             gone = place.with_name(f".gone-{secrets.token_hex(6)}")
@@ -270,49 +295,14 @@ class Appender:
         self.close()
 
 
-_held: dict[
-    str, tuple[int, int]
-] = {}  # directory -> the process that locked it, and its descriptor
-
-
-def hold(folder) -> bool:
-    "Lock a directory for as long as this process lives; False where the file system has no locks"
-    key = os.path.abspath(folder)
-    if _held.get(key, (0, 0))[0] == os.getpid():
-        return True
-    if fcntl is None:
-        return False
-    with _doing("open", folder):
-        fd = os.open(folder, os.O_RDONLY)
-    for _ in range(10):  # somebody may be asking just now
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _held[key] = os.getpid(), fd
-            return True
-        except BlockingIOError:
-            time.sleep(0.02)
-        except OSError:  # a file system without locks
-            break
-    os.close(fd)
-    return False
-
-
-def release(folder) -> None:
-    "Unlock a directory that this process holds"
-    pid, fd = _held.pop(os.path.abspath(folder), (0, -1))
-    if pid == os.getpid():
-        with suppress(OSError):
-            os.close(fd)
-
-
 def is_held(folder) -> bool | None:
-    "Whether a living process holds a directory, this one included; None where nobody can say"
-    if _held.get(os.path.abspath(folder), (0, 0))[0] == os.getpid():
-        return True
+    "Whether a living process has locked a directory; None where nobody can say"
     if fcntl is None:
         return None
-    with _doing("open", folder):
+    try:
         fd = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False

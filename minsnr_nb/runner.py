@@ -26,7 +26,7 @@ from .record.generations import Found, find_checkpoint
 from .config import Config, Loaded, TrainSection, config_sha256
 from .errors import ConfigError, MinsnrError, nearest
 from .data import ImageSet
-from .durable import Appender, Displaced, alone, clear_desks, desk, release, sha256
+from .durable import Appender, Displaced, alone, clear_desks, desk, sha256
 from .evaluate import report
 from .record.evaluations import decided_by, deciding, keep_evaluation, new_evaluation
 from .record.events import EventLog, lifecycle, printed, rewind
@@ -410,7 +410,9 @@ def _train(run: Run, lab: Lab, loop: Loop, attempt: int, warn: Callable[[str], N
     with heart, recorded(run, loop, attempt), catching(service):
         train(loop)
         service.check(loop)
-    lifecycle(run, "completed", attempt=attempt, step=loop.state.step)
+        lifecycle(
+            run, "completed", attempt=attempt, step=loop.state.step
+        )  # before it may be sealed
 
 # %% ../nbs/71_runner.ipynb #d57a7e03
 def _go_on(run: Run, lab: Lab, claim: _Claim, warn: Callable, begin: Callable | None) -> None:
@@ -444,12 +446,9 @@ def run_to_end(
     with threads(run.provenance()["determinism"]["num_threads"]), switches(lab.cfg.train):
         claim = _look(run, lab, allow, warn)
         refuse_owner(run, force, warn)
-        with desk(run.path, "train"):
-            try:
-                _go_on(run, lab, _take(run, lab, claim, force), warn, begin)
-                close(run)
-            finally:
-                release(run.attempts)
+        with desk(run.path, f"attempt{claim.attempt}"):
+            _go_on(run, lab, _take(run, lab, claim, force), warn, begin)
+            close(run)
     return run
 
 # %% ../nbs/71_runner.ipynb #42005905

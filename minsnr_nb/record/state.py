@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from .. import durable
 from ..durable import Displaced
@@ -100,9 +101,11 @@ def lives(
         return True
     newest = _newest_attempt(run)
     record = json_or_none(run.attempts / f"{newest:04d}.json") or {}
-    if not is_local(run.path) or not (record.get("lock") or newest == 0):
+    if newest == 0:
+        return False  # made, and never begun
+    if not is_local(run.path) or not record.get("desk"):
         return None
-    return durable.is_held(run.attempts)
+    return durable.is_held(run.path / Path(record["desk"]).name)
 
 # %% ../../nbs/record/16_state.ipynb #5bd06cb5
 PATIENCE = 60.0  # seconds without a sign of life that we have watched ourselves
@@ -220,7 +223,7 @@ def start_attempt(
         "resumed_from": resumed_from,
         "frozen": {name: durable.sha256(run.path / name) for name in FROZEN},
         **(record or {}),
-        "lock": durable.hold(run.attempts),
+        "desk": durable.open_desk(run.path, f"attempt{number}").name,
         "ended": None,
     }
     if not durable.claim(run.attempts / f"{number:04d}.json", to_json(facts)):
@@ -243,4 +246,4 @@ def _tidy(run: Run, attempt: int) -> None:
         durable.cut(run.events_path, whole, run.discarded / "events.jsonl")
     for log in (run.events_path, run.metrics_path) if attempt > 1 else ():
         if log.is_file():
-            durable.renew(log, durable.whole_lines(log))
+            durable.renew(log, log.stat().st_size)

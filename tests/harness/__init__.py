@@ -2,7 +2,7 @@
 
 from tests import hostile, property_loaders
 
-from . import after, costs, damage, faults, notebook, power, races
+from . import after, costs, damage, faults, history, notebook, power, races
 
 # name: (part, its full size, its size in pytest)
 PARTS = {
@@ -16,6 +16,7 @@ PARTS = {
     "corruption": (damage.corruption, {"n": 500}, {"n": 3}),
     "creations": (races.creations, {"processes": 64, "each": 20}, {"processes": 8, "each": 5}),
     "leases": (races.leases, {"n": 1000}, {"n": 5}),
+    "history": (history.history, {"n": 10_000}, {"n": 25}),
     "writers": (races.writers, {"n": 100}, {"n": 2}),
     "loaders": (property_loaders.part, {"n": 10_000}, {"n": 100}),
     "hostile": (hostile.part, {}, {}),

@@ -33,15 +33,19 @@ CONFIG = {  # every shipped callback, evaluation included
     "sampler": {"name": "ddim", "steps": 1},
     "eval": {"every": 3, "samples": 4, "probe_images": 4, "probe_draws": 1, "probe_bins": 2},
 }
+LIGHT = CONFIG | {  # as few operations as a training run has
+    "train": {"steps": 3, "batch_size": 8, "log_every": 1, "checkpoint_every": 1},
+    "callbacks": [{"name": "log_events"}, {"name": "checkpoint"}],
+}
 MOMENT = datetime(2026, 1, 1)
 
 
 class Lab:
     "Builds everything once; each run afterwards costs a few dozen milliseconds"
 
-    def __init__(self):
+    def __init__(self, config: dict = CONFIG):
         torch.set_num_threads(1)
-        self.loaded = api.load(CONFIG)
+        self.loaded = api.load(config)
         self.lab = api.build(self.loaded.cfg, "cpu")
         data = [runner._identity(x) for x in (self.lab.train, self.lab.test)]
         facts = {"data": data, "seed": 0, "threads": 1, "mode": "strict"}
@@ -52,8 +56,8 @@ class Lab:
     def create(self, root, moment: datetime | None = MOMENT) -> Run:
         return create_run(root, "harness", **self.parts, stamp=moment)
 
-    def train(self, run: Run) -> Run:
-        return runner.run_to_end(run, self.lab)
+    def train(self, run: Run, force: bool = False) -> Run:
+        return runner.run_to_end(run, self.lab, force=force)
 
     def whole(self, root) -> Run:
         return self.train(self.create(root))

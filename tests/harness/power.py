@@ -72,10 +72,10 @@ class Trees:
     def __init__(self, recorder):
         self.recorder = recorder
 
-    def rmtree(self, path):
+    def rmtree(self, path, ignore_errors=False):
         import shutil
 
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors)
         self.recorder.ops.append(("rmtree", str(path)))
 
 
