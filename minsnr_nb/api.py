@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_run', 'differences_told', 'config_of', 'resume_run', 'read_tensors', 'fill', 'load_network', 'eval_run',
-           'sample_run', 'fork_run', 'continue_run', 'promote_run', 'sample_model', 'eval_model']
+           'sample_run', 'fork_run', 'continue_run', 'verify_run', 'promote_run', 'sample_model', 'eval_model']
 
 # %% ../nbs/72_api.ipynb #575bd3de
 import re
@@ -36,6 +36,7 @@ from .guard import tensor_bytes, weights_facts
 from .lab import Lab, build, for_training, load
 from .checkpoint import store_samples
 from .record.promote import Model, find_model, promote
+from .record.repro import verify
 from .settings import project_root, settings
 from .guard import inside
 from .record.directory import Run, open_run
@@ -47,6 +48,7 @@ from minsnr_nb.runner import (
     make_loop,
     new_run,
     quiet,
+    refuse_other_data,
     run_to_end,
     tell_papermill,
     threads,
@@ -220,6 +222,7 @@ def eval_run(
     weights: str = "last",
     device: str | None = None,
     warn: Callable[[str], None] = quiet,  # Called with lines a person should see
+    allow: tuple[str, ...] = (),  # "data": evaluate although the images have changed
 ) -> tuple[Run, dict[str, float]]:
     "Evaluate a run's averaged weights and leave a record of it"
     run = open_run(path)
@@ -229,6 +232,7 @@ def eval_run(
     refuse_owner(run)  # the log belongs to the process that trains
     model, _ = load_network(run, weights, device)
     lab, step = build(asked, device), _weights_step(run, weights)
+    refuse_other_data(run, lab, allow)
     guests = _guests(lab) if asked.callbacks != cfg.callbacks else []
     with threads(run.provenance()["determinism"]["num_threads"]):
         values = report(lab.evaluator, model)
@@ -361,6 +365,7 @@ def fork_run(
     run_root: str | Path | None = None,  # Where runs live; beside the parent when None
     device: str | None = None,
     reason: str = "fork",
+    allow: tuple[str, ...] = (),  # "data": the parent's images have changed
     announce: Callable[[Run], None] = quiet,
     warn: Callable[[str], None] = quiet,
 ) -> Run:
@@ -371,6 +376,8 @@ def fork_run(
     if loaded.cfg.start != parents.start:
         raise ConfigError("start: a fork begins with its parent's checkpoint, not with a model")
     lab = build(loaded.cfg, device)
+    if loaded.cfg.data == parents.data:
+        refuse_other_data(parent, lab, allow)
     loop, lineage = _child(parent, lab, reason)
     run = new_run(loaded, lab, run_root or parent.path.parent.parent, lineage=lineage)
     with printed(run, 0):
@@ -406,6 +413,19 @@ def continue_run(
 ) -> Run:
     "Train longer than the parent's config said, in a new run"
     return fork_run(path, overrides=(f"train.steps={steps}",), reason="continue", **kwargs)
+
+# %% ../nbs/72_api.ipynb #8a29c29c
+def verify_run(
+    path: str | Path,  # A completed run
+    device: str | None = None,  # As it was when None
+    here: bool = False,  # In the present environment, whatever has changed
+    allow: tuple[str, ...] = (),  # "data": repeat it with the images that are there now
+    tell: Callable[[str], None] = quiet,  # Called with lines a person should see
+) -> tuple[int, Any]:  # The last step, and the first difference, None when there is none
+    "Run an old run again from its record and compare, unless its images are gone"
+    run = open_run(path)
+    refuse_other_data(run, build(config_of(run), "cpu"), allow)
+    return verify(run.path, device=device, here=here, tell=tell)
 
 # %% ../nbs/72_api.ipynb #f0ab9cb0
 def promote_run(

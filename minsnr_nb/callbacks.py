@@ -8,6 +8,7 @@ __all__ = ['CALLBACKS', 'PARTS', 'LogEvents', 'GradNorm', 'GradShare', 'Timing',
 
 # %% ../nbs/51_callbacks.ipynb #cb18cf6e
 from typing import Any
+import math
 import os
 import sys
 import time
@@ -206,7 +207,7 @@ class Evaluate(Callback):
             loop.log.log(result.step, "eval", values)
             metric, value = next(iter(values.items()))
             best = loop.state.best
-            if best is None or value < best["value"]:
+            if math.isfinite(value) and (best is None or value < best["value"]):
                 loop.state.best = {"metric": metric, "value": value, "step": result.step}
 
 # %% ../nbs/51_callbacks.ipynb #e6182be1

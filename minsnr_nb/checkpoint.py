@@ -30,7 +30,7 @@ from .record.strict_json import read_json
 from .record.predictions import MAX_FRAMES, intrinsics, save_predictions
 from .record.state import fence
 from .show import png, tile, to_uint8
-from .train_loop import Callback, Judged, Loop, StepResult, TrainState
+from .train_loop import Callback, Judged, Loop, NonFiniteWeights, StepResult, TrainState
 
 # %% ../nbs/52_checkpoint.ipynb #9970e434
 def optimizer_tensors(
@@ -130,6 +130,7 @@ def save_checkpoint(
     best: bool = False,  # Whether this step is also the best so far
 ) -> Path:  # Directory of the new generation
     "Write a complete checkpoint, announce it, and settle what follows from it"
+    _refuse_non_finite(loop)
     loop.log.sync()
     run, attempt, files = loop.run, loop.log.attempt, snapshot(loop)
     files["MANIFEST.json"] = json.dumps(
@@ -154,6 +155,17 @@ def _store(final: Path, files: dict[str, bytes], run: Run, attempt: int) -> Path
     fence(run, attempt)
     publish(place, final)
     return final
+
+# %% ../nbs/52_checkpoint.ipynb #f699fe26
+def _refuse_non_finite(loop: Loop) -> None:
+    "Raise when a weight, averaged or not, is NaN or infinite"
+    state = loop.state
+    for network in (state.model, state.ema.model):
+        tensors = {k: v for k, v in network.state_dict().items() if v.is_floating_point()}
+        sums = torch.stack([v.double().abs().sum() for v in tensors.values()])
+        if not torch.isfinite(sums).all():
+            bad = torch.isfinite(sums).logical_not().nonzero()[0]
+            raise NonFiniteWeights(state.step, list(tensors)[int(bad)])
 
 # %% ../nbs/52_checkpoint.ipynb #70fb2d14
 def _announce(folder: Path, keep: int = KEEP) -> None:

@@ -121,6 +121,7 @@ def _eval(
     weights: _Slot = "last",  # Which averaged weights
     json: bool = False,  # For scripts
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
+    allow: _Each = None,  # data: although the images have changed
     trust_code: _Hash = None,  # Accept the run's own code, once you have read it
 ) -> None:
     "Evaluate a run's averaged weights: minsnr eval RUN [CONFIG] [key=value …]"
@@ -134,7 +135,7 @@ def _eval(
     if run.startswith("local://"):
         values = eval_model(run, config, **how)[1]
     else:
-        opened, values = eval_run(run, config, weights=weights, **how)
+        opened, values = eval_run(run, config, weights=weights, allow=tuple(allow or ()), **how)
         announce(opened)
     rows = [{"metric": k, "value": v} for k, v in values.items()]
     print(_as_json(values) if json else _columns(rows))
@@ -299,13 +300,14 @@ def _fork(
     *overrides: _Pair,  # Settings that differ from the parent's
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
     run_root: _Dir = None,  # Where the new run lives; beside the old one when not given
+    allow: _Each = None,  # data: although the images have changed
     trust_code: _Hash = None,  # Accept the run's own code, once you have read it
 ) -> None:
     "Begin a new run with another's checkpoint: minsnr fork RUN key=value …"
     from minsnr_nb.api import fork_run
 
     where: dict = {"device": device, "run_root": run_root, "announce": announce, "warn": _warn}
-    fork_run(run, overrides=overrides, **where)
+    fork_run(run, overrides=overrides, allow=tuple(allow or ()), **where)
 
 
 @_verb("continue")
@@ -374,15 +376,19 @@ def _repro(
     verify: bool = False,  # Run it again, and compare
     here: bool = False,  # In the present environment, not its own
     device: _Text = None,  # As it was when not given
+    allow: _Each = None,  # data: although the images have changed
     trust_code: _Hash = None,  # Accept the run's own code, once you have read it
 ) -> int:
     "Say how to run an old run again, or do so and compare: minsnr repro RUN [--verify]"
-    from minsnr_nb.record.repro import commands, verify as run_again
-
     if not verify:
+        from minsnr_nb.record.repro import commands
+
         print("\n".join(commands(run)))
         return 0
-    step, difference = run_again(run, device=device, here=here, tell=_warn)
+    from minsnr_nb.api import verify_run
+
+    how: dict = {"device": device, "here": here, "allow": tuple(allow or ()), "tell": _warn}
+    step, difference = verify_run(run, **how)
     print(difference or f"identical to step {step}")
     return int(bool(difference))
 

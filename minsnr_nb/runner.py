@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'switches', 'new_run', 'tell_papermill', 'Heartbeat', 'RunFailed', 'SlowSteps', 'recorded', 'threads',
-           'decided', 'make_loop', 'quiet', 'close', 'run_to_end']
+           'decided', 'make_loop', 'quiet', 'close', 'run_to_end', 'data_changes', 'refuse_other_data']
 
 # %% ../nbs/71_runner.ipynb #79706e11
 import json
@@ -49,7 +49,15 @@ from minsnr_nb.record.state import (
 )
 from .record.seal import seal, unseal
 from .record.trust import code_record, trust
-from .train_loop import Callback, Loop, NonFiniteLoss, StepResult, TrainState, train
+from minsnr_nb.train_loop import (
+    Callback,
+    Loop,
+    NonFiniteLoss,
+    NonFiniteWeights,
+    StepResult,
+    TrainState,
+    train,
+)
 
 # %% ../nbs/71_runner.ipynb #c0f32f20
 @contextmanager
@@ -254,7 +262,7 @@ def recorded(
     ending.put("running", step=loop.state.step)
     try:
         yield
-    except NonFiniteLoss as e:
+    except (NonFiniteLoss, NonFiniteWeights) as e:
         lifecycle(run, "nonfinite_loss", step=e.step, images=e.index, attempt=attempt)
         ending.bad("failed", e, e.step, str(e))
         raise RunFailed(f"{run.path}: {e}") from None
@@ -455,22 +463,44 @@ def run_to_end(
 def _changes(run: Run, lab: Lab, found: Found | None) -> dict[str, str]:
     "What differs from the start of the run, or from its checkpoint, and can change bits"
     stamp = run.provenance()
-    then = {"code": stamp["source"]["digest"][:12], "torch": stamp["env"]["torch"]}
+    then: dict[str, Any] = {"code": stamp["source"]["digest"][:12], "torch": stamp["env"]["torch"]}
     now = {"code": source_digest()["digest"][:12], "torch": torch.__version__}
     if found:
         keys = ("torch", "num_threads", "device", "world_size")
         then |= {k: found.manifest.get(k) for k in keys}
         now |= conditions(lab.device)
-    return {k: f"{then[k]} then, {now[k]} now" for k in then if then[k] != now[k]}
+    changes = {k: f"{then[k]} then, {now[k]} now" for k in then if then[k] != now[k]}
+    return changes | data_changes(run, lab)
+
+# %% ../nbs/71_runner.ipynb #2cac5808
+def data_changes(run: Run, lab: Lab) -> dict[str, str]:
+    "Whether the images are those that the run began with: {} or what differs, under `data`"
+    then = {d["name"]: d["sha256"] for d in run.provenance().get("data") or []}
+    now = {d["name"]: d["sha256"] for d in map(_identity, (lab.train, lab.test))}
+    other = [name for name in then if then[name] != now.get(name, then[name])]
+    said = [f"{name} {then[name][:12]} then, {now[name][:12]} now" for name in other]
+    return {"data": "; ".join(said)} if said else {}
 
 
+def refuse_other_data(
+    run: Run,
+    lab: Lab,
+    allow: tuple[str, ...] = (),  # "data" lets other images pass
+) -> None:
+    "Refuse to go on with images that are not those of the run"
+    changes = data_changes(run, lab) if "data" not in allow else {}
+    if changes:
+        raise ConfigError(f"{run.path}: other data: {changes['data']}; --allow data takes it")
+
+# %% ../nbs/71_runner.ipynb #d57a7e05
 def _refuse(run: Run, changes: dict[str, str], allow: tuple[str, ...]) -> None:
     "Refuse to resume a strict run where bits would change"
-    known = ("code", "torch", "num_threads", "device", "world_size")
+    known = ("code", "torch", "num_threads", "device", "world_size", "data")
     for name in set(allow) - set(known):
         raise ConfigError(f"--allow {name}: nothing of that name" + nearest(name, known))
     rest = [k for k in changes if k not in allow]
-    if rest and run.provenance()["determinism"]["mode"] == "strict":
+    strict = run.provenance()["determinism"]["mode"] == "strict"
+    if rest and (strict or "data" in rest):
         listed = "; ".join(f"{k}: {changes[k]}" for k in rest)
         how = " ".join(f"--allow {k}" for k in rest)
         raise ConfigError(

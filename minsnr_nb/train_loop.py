@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Batch', 'draw_batch', 'TrainState', 'lr_at', 'make_optimizer', 'StepResult', 'train_step', 'Callback', 'Judged',
-           'Claimed', 'Scalars', 'take_line', 'guard_line', 'Loop', 'NonFiniteLoss', 'check_finite', 'train']
+           'Claimed', 'Scalars', 'take_line', 'guard_line', 'Loop', 'NonFiniteLoss', 'NonFiniteWeights', 'check_finite',
+           'train']
 
 # %% ../nbs/50_train_loop.ipynb #52f50ad9
 import time
@@ -268,9 +269,21 @@ class Loop:
 class NonFiniteLoss(MinsnrError):
     "The loss became NaN or infinite"
 
+    most = 16  # images that are named; a batch may have thousands
+
     def __init__(self, step: int, index: list[int], value: float):
-        super().__init__(f"loss is {value} at step {step}, on images {index}")
-        self.step, self.index = step, index
+        more = f" and {len(index) - self.most} more" if len(index) > self.most else ""
+        named = str(index[: self.most]) + more
+        super().__init__(f"loss is {value} at step {step}, on images {named}")
+        self.step, self.index = step, index[: self.most]
+
+
+class NonFiniteWeights(MinsnrError):
+    "A step with a finite loss left weights that are not numbers"
+
+    def __init__(self, step: int, name: str):
+        super().__init__(f"weight {name} is not finite after step {step}; nothing of it was saved")
+        self.step, self.index = step, list[int]()
 
 
 def check_finite(
