@@ -364,6 +364,7 @@ def is_pickle(
     return bool(seen & _FETCH and (seen & _CALL or last))
 
 # %% ../nbs/05_guard.ipynb #e116ac7f
+_IMPORT = {"GLOBAL", "INST", "STACK_GLOBAL"}
 _BINARY = rb"\x80[\x02-\x07]"
 _BEGINS = re.compile(_BINARY + rb"|\(|c[A-Za-z_][\w.]{0,99}\n[A-Za-z_][\w.]{0,99}\n")
 
@@ -379,7 +380,7 @@ def _calls_from(data: bytes | mmap.mmap, at: int, left: list[int]) -> bool:
             seen.add(op.name)
             left[0] -= 1
             if left[0] < 0 or op.name == "STOP":
-                return left[0] < 0 or bool(seen & _FETCH and seen & _CALL)
+                return left[0] < 0 or bool(seen & _IMPORT and seen & _CALL)
     except Exception:  # not instructions
         pass
     return False

@@ -25,7 +25,7 @@ from ..errors import ConfigError, MinsnrError
 from .events import read_events
 from .provenance import VARS, freeze
 from ..settings import project_root, settings
-from ..guard import inside
+from ..guard import inside, read_plain
 from .generations import find_checkpoint
 from .strict_json import read_json
 from .directory import Run, open_run
@@ -149,7 +149,7 @@ def environment_changes(run: Run) -> list[str]:
     "Name what is not as it was: the interpreter's version up to its second number, and packages"
     env = run.provenance()["env"]
     python = {k: v.rpartition(".")[0] for k, v in _pythons(env).items()}
-    texts = (_evidence(run, env["freeze"]).read_text() if env.get("freeze") else freeze(), freeze())
+    texts = (read_plain(_evidence(run, env["freeze"])).decode() if env.get("freeze") else freeze(), freeze())
     then, now = (dict(line.split("==", 1) for line in text.split()) for text in texts)
     then["python"], now["python"] = python["then"], python["now"]
     return [
