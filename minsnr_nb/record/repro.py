@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from .. import durable
 from ..errors import ConfigError, MinsnrError
 from .events import read_events
+from .git import git as call_git
 from .provenance import VARS, freeze
 from ..settings import project_root, settings
 from ..guard import inside, read_plain
@@ -96,9 +97,10 @@ def compare_runs(then: Run, now: Run) -> Difference | None:
 # %% ../../nbs/record/29_repro.ipynb #554b9623
 def _git(where: Path, *words: str) -> None:
     "Run git, or say what it said"
-    done = subprocess.run(["git", *words], cwd=where, capture_output=True, text=True)
+    done = call_git(where, *words, allow=("protocol.file.allow=always",))
     if done.returncode:
-        line = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        said = done.stderr.decode("utf-8", "replace")
+        line = (said.strip().splitlines() or ["no reason given"])[-1]
         raise MinsnrError(f"git {words[0]}: {line}")
 
 
