@@ -237,7 +237,7 @@ def recorded(
     except KeyboardInterrupt as e:
         ending.bad("interrupted", e, loop.state.step, "interrupted by the user")
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # an exit of a plug-in is no end of ours
         where = getattr(e, "__notes__", [])[:1]  # the callback, if it was one
         ending.bad("failed", e, loop.state.step, ": ".join([*where, type(e).__name__, str(e)]))
         raise
@@ -380,7 +380,7 @@ def run_to_end(
         warn(f"{run.id}: {problem}; using the checkpoint before it")
     if found is None:
         _refuse_orphan(run)
-    with threads(run.provenance()["determinism"]["num_threads"]), switches(lab.cfg.train):
+    with threads(run.threads()), switches(lab.cfg.train):
         attempt, changes = _claim(run, lab, found, allow)
         with printed(run, attempt), EventLog(run, attempt) as log:
             loop = make_loop(lab, run, log)

@@ -165,6 +165,8 @@ def _provenance(run):
             value = value.get(part) if isinstance(value, dict) else None
         if type(value) is not kind or (kind in (str, list) and not value):
             yield "meta/provenance.json", f"{key}: a non-empty {kind.__name__} is required"
+    if "determinism" in stamp:
+        run.threads()
     if problem := version_problem(run):
         yield "meta/provenance.json", problem
     if not _UTC.fullmatch(str(stamp.get("created_at_utc"))):

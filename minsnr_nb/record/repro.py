@@ -207,7 +207,7 @@ def _environment(run: Run, tree: Path) -> dict[str, str]:
     recorded = stamp["env"].get("vars", {})
     kept |= {k: str(recorded[k]) for k in VARS if k in recorded}  # nothing else from a stranger
     kept |= {"PYTHONPATH": str(tree)}
-    kept |= {"OMP_NUM_THREADS": str(stamp["determinism"]["num_threads"])}
+    kept |= {"OMP_NUM_THREADS": str(run.threads())}
     here = settings(project_root())
     return kept | {"MINSNR_DATA": str(here["data"]), "MINSNR_MODELS": str(here["models"])}
 
@@ -279,7 +279,6 @@ def commands(
     if "requirements.lock" in {facts["name"] for facts in env.get("locks") or []}:
         steps.append(f"uv venv --python {_pythons(env)['then'].rpartition('.')[0]}")
         steps.append(f"uv pip install --require-hashes -r {here}/meta/requirements.lock")
-    threads = run.provenance()["determinism"]["num_threads"]
     train = "python -c 'from minsnr_nb.cli import main; main()' train"
-    steps.append(f"OMP_NUM_THREADS={int(threads)} {train} {here}/config.resolved.yaml")
+    steps.append(f"OMP_NUM_THREADS={run.threads()} {train} {here}/config.resolved.yaml")
     return [*steps, f"minsnr compare {here} $(ls -d runs/*/* | tail -n 1)"]
