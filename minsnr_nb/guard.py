@@ -108,7 +108,6 @@ def read_plain(
         raise MinsnrError(f"{path}: larger than {most} bytes")
     return data
 
-
 # %% ../nbs/05_guard.ipynb #7428b5ab
 def entries_of(
     root: str | Path,  # A directory
@@ -346,7 +345,7 @@ _NAMED = re.compile(r"[A-Za-z_][\w.]* [A-Za-z_][\w.]*")  # a module, and somethi
 
 
 def is_pickle(
-    data: bytes | mmap.mmap,  # The beginning of a file, or all of it
+    data: Any,  # Bytes of the beginning of a file, or of all of it; they may be mapped
 ) -> bool:
     "Whether bytes are instructions for the pickle machine"
     if data[:1] == b"\x80":
@@ -371,7 +370,8 @@ _BEGINS = re.compile(_BINARY + rb"|\(|c[A-Za-z_][\w.]{0,99}\n[A-Za-z_][\w.]{0,99
 
 def _calls_from(data: bytes | mmap.mmap, at: int, left: list[int]) -> bool:
     "Whether whole instructions that fetch and call begin at a place; `left` counts down"
-    stream, seen = data if isinstance(data, mmap.mmap) else io.BytesIO(data), set()
+    stream: Any = data if isinstance(data, mmap.mmap) else io.BytesIO(data)
+    seen: set[str] = set()
     stream.seek(at)
     try:
         for op, arg, _ in pickletools.genops(stream):
@@ -417,7 +417,7 @@ def _mapped(f: BinaryIO, ask: Callable[[mmap.mmap], bool]) -> bool:
     with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return ask(data)
 
-
+# %% ../nbs/05_guard.ipynb #be1d297c
 def pickle_problem(
     path: Path,  # A file of any kind
 ) -> str | None:  # What is wrong with it, if anything

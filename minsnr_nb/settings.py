@@ -49,7 +49,6 @@ def project_root(
                 return folder
     return (places or [start])[0]
 
-
 # %% ../nbs/04_settings.ipynb #cef5094d
 SETTINGS: dict[str, Any] = {"runs": Path("runs"), "data": Path("data"), "models": Path("models")}
 SETTINGS |= {"device": "auto", "threads": 0}
@@ -112,4 +111,3 @@ def load_env(
     environ.update(new)
     environ[FROM_FILE] = " ".join(sorted({*environ.get(FROM_FILE, "").split(), *new}))
     return sorted(new)
-

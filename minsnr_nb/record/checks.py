@@ -131,7 +131,9 @@ def files_of(run: Run) -> Iterator[Path]:
             yield run.path / name
 
 
-@check("AB.names", "L0", "a run holds plain files of its own; put the content there, or take it out")
+@check(
+    "AB.names", "L0", "a run holds plain files of its own; put the content there, or take it out"
+)
 def _names(run):
     yield from strange_entries(run.path)
     for name, entry in entries_of(run.path):

@@ -352,9 +352,11 @@ def _sweep(home: Path, older_s: float = 86_400.0) -> None:
 
 # %% ../../nbs/record/15_directory.ipynb #fb78d2e0
 PLACES = {e.path.split("/")[0] for e in LAYOUT} | {"notebook", "samples"}
-HIDDEN = re.compile(  # of durable, of a set or checkpoint in the making, of file systems, of Jupyter
-    r"\.(tmp|gone|new)-[0-9a-f]{12}|\.step_[\w.+=@-]+|\.nfs\w+|\.fuse_hidden\w+|\.DS_Store"
-    r"|\.ipynb_checkpoints"
+HIDDEN = (
+    re.compile(  # of durable, of a set or checkpoint in the making, of file systems, of Jupyter
+        r"\.(tmp|gone|new)-[0-9a-f]{12}|\.step_[\w.+=@-]+|\.nfs\w+|\.fuse_hidden\w+|\.DS_Store"
+        r"|\.ipynb_checkpoints"
+    )
 )
 
 
@@ -366,6 +368,15 @@ def _kind(entry: os.DirEntry) -> str | None:
     return None if plain or not os.path.lexists(entry.path) else "a special file"
 
 
+def _links(file: os.DirEntry | Path) -> int:
+    "How many names a file has; 1 for a directory, for what is gone, and where nobody counts"
+    try:
+        facts = os.lstat(file)
+    except OSError:
+        return 1
+    return facts.st_nlink if stat.S_ISREG(facts.st_mode) else 1
+
+# %% ../../nbs/record/15_directory.ipynb #5905a2d7
 def strange_entries(
     path: str | Path,  # A run directory
     places: Container[str] | None = PLACES,  # What may be at its top; None: any name
@@ -384,15 +395,6 @@ def strange_entries(
     for (many, _), names in linked.items():
         if len(names) < many and _links(Path(path, names[0])) > len(names):
             yield names[0], "a hard link; the same file has a name outside the run"
-
-
-def _links(file: os.DirEntry | Path) -> int:
-    "How many names a file has; 1 for a directory, for what is gone, and where nobody counts"
-    try:
-        facts = os.lstat(file)
-    except OSError:
-        return 1
-    return facts.st_nlink if stat.S_ISREG(facts.st_mode) else 1
 
 # %% ../../nbs/record/15_directory.ipynb #4613062c
 def refuse_strange(

@@ -56,7 +56,6 @@ def refuse_unsafe(
     if problem := secret_problem(data):
         raise MinsnrError(f"{name}: holds {problem}; nothing was exported")
 
-
 # %% ../../nbs/record/24_export.ipynb #a9a24e28
 _SVG, _RDF = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _ABOUT = (_RDF, "http://purl.org/dc/elements/1.1/", "http://creativecommons.org/ns#")
@@ -84,14 +83,13 @@ def _element_problem(name: str, attributes: dict[str, str]) -> str | None:
             return f"an attribute {plain!r} that reaches out"
     return None
 
-
 # %% ../../nbs/record/24_export.ipynb #bd2d5797
 def drawing_problem(
     data: bytes,  # Content of an SVG file
 ) -> str | None:  # What it holds that does more than draw
     "Parse a drawing by a list of what may be in it"
     found: list[str | None] = []
-    style: list[str] = []
+    texts: list[tuple[str, str]] = []
     reader = expat.ParserCreate(None, " ")
     reader.buffer_text = True
 
@@ -102,14 +100,14 @@ def drawing_problem(
     within: list[str] = []
     reader.StartElementHandler = element
     reader.EndElementHandler = lambda name: within.pop()
-    reader.CharacterDataHandler = lambda t: within[-1:] == [f"{_SVG} style"] and style.append(t)
+    reader.CharacterDataHandler = lambda text: texts.append((within[-1], text))
     reader.EntityDeclHandler = lambda *_: found.append("an entity of its own")
     reader.ProcessingInstructionHandler = lambda *_: found.append("an instruction for programs")
     try:
         reader.Parse(data.decode("utf-8"), True)
     except (UnicodeDecodeError, expat.ExpatError) as e:
         return f"what is not XML in UTF-8: {e}"
-    reaches = _REACHES.search("".join(style))
+    reaches = _REACHES.search("".join(t for name, t in texts if name == f"{_SVG} style"))
     return next(filter(None, found), "a style that reaches out" if reaches else None)
 
 # %% ../../nbs/record/24_export.ipynb #001a503c
@@ -273,7 +271,6 @@ def _text_of(path: Path) -> str:
         return _checked(path).decode("utf-8")
     except UnicodeDecodeError as e:
         raise MinsnrError(f"{path}: is not text in UTF-8: {e.reason}") from None
-
 
 # %% ../../nbs/record/24_export.ipynb #994a43e5
 def _contents(run: Run, warn: Callable[[str], None]) -> dict[str, bytes]:

@@ -16,7 +16,11 @@ from ..durable import digest, sha256
 from ..guard import places_in
 
 # %% ../../nbs/record/13_git.ipynb #5c7cb793
-_OFF = ("core.fsmonitor=false", f"core.hooksPath={os.devnull}", "core.sshCommand=false")
+_OFF: tuple[str, ...] = (
+    "core.fsmonitor=false",
+    f"core.hooksPath={os.devnull}",
+    "core.sshCommand=false",
+)
 _OFF += ("protocol.allow=never", "credential.helper=", "core.askPass=", "gc.auto=0")
 _KEPT = {"GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM"}  # the user's own files
 _QUIET = {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
@@ -45,7 +49,6 @@ def git(
     env |= _QUIET | {"LC_ALL": "C"}
     return subprocess.run(command, cwd=root, env=env, capture_output=True, timeout=timeout)
 
-
 # %% ../../nbs/record/13_git.ipynb #4198c2cf
 MAX_PATCH = 1 << 20  # bytes of uncommitted changes that are kept
 _FILTERS = r"^filter\..*\.(clean|smudge|process)$"
@@ -55,7 +58,11 @@ def _filters(root: Path) -> tuple[str, ...]:
     "Settings that switch off the filters which a repository defines by itself"
     done = git(root, "config", "-z", "--show-scope", "--name-only", "--get-regexp", _FILTERS)
     words = done.stdout.decode("utf-8", "replace").split("\0")
-    own = [key for scope, key in zip(words[::2], words[1::2], strict=False) if scope in ("local", "worktree")]
+    own = [
+        key
+        for scope, key in zip(words[::2], words[1::2], strict=False)
+        if scope in ("local", "worktree")
+    ]
     return tuple(f"{key}=" for key in own)
 
 

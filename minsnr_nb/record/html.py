@@ -45,7 +45,6 @@ def _template(source: str) -> Template:
     "A template that escapes whatever is put into it"
     return Environment(autoescape=True, keep_trailing_newline=True).from_string(source)
 
-
 # %% ../../nbs/record/10_html.ipynb #5c1ee49b
 def markup(
     template: str,  # HTML with `{{ name }}` where values go

@@ -151,7 +151,10 @@ def environment_changes(run: Run) -> list[str]:
     "Name what is not as it was: the interpreter's version up to its second number, and packages"
     env = run.provenance()["env"]
     python = {k: v.rpartition(".")[0] for k, v in _pythons(env).items()}
-    texts = (read_plain(_evidence(run, env["freeze"])).decode() if env.get("freeze") else freeze(), freeze())
+    texts = (
+        read_plain(_evidence(run, env["freeze"])).decode() if env.get("freeze") else freeze(),
+        freeze(),
+    )
     then, now = (dict(line.split("==", 1) for line in text.split()) for text in texts)
     then["python"], now["python"] = python["then"], python["now"]
     return [
