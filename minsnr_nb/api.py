@@ -120,7 +120,7 @@ def refuse_elsewhere(
     words = {f"data.{k}": v for k, v in cfg.data.keywords.items() if isinstance(v, str)}
     named |= {k: v for k, v in words.items() if ".." in Path(v).parts}
     for key, place in named.items():
-        where = (Path(data, place).expanduser()).resolve()
+        where = Path(data, Path(place).expanduser()).resolve()
         if not key.startswith("data.") or not where.is_relative_to(data):
             how = f"MINSNR_DATA={shlex.quote(str(where.parent))} follows it"
             raise ConfigError(f"{source}: {key}: {place!r} leads out of the data directory; {how}")
