@@ -129,7 +129,7 @@ PICTURES = {
     "x.SVG": f"{SVG} onload=\"{SCRIPT}\"/>".encode(),
     "wide.svg": f"{SVG}><script>{SCRIPT}</script></svg>".encode("utf-16"),
     "prefixed.svg": f'<s:svg xmlns:s="http://www.w3.org/2000/svg"><s:script>{SCRIPT}</s:script></s:svg>'.encode(),
-    "entity.svg": f'{SVG}><a xlink:href="&#106;avascript:{SCRIPT}"><rect width="900" height="900"/></a></svg>'.encode(),
+    "entity.svg": f'{SVG}><a><set attributeName="href" to="jav&#97;script:{SCRIPT}"/><rect width="900" height="900"/></a></svg>'.encode(),
     "page.png": f"<html><script>{SCRIPT}</script></html>".encode(),
     "page.html": f"<script>{SCRIPT}</script>".encode(),
 }  # fmt: skip

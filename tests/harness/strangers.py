@@ -282,12 +282,13 @@ def _act(number: int, place: Path, job: dict) -> None:
     os._exit(code)
 
 
-def serve(root: str, limit_s: float = 60.0) -> None:
+def serve(root: str) -> None:
     "Make the bases and try every trial of the plan, one child each"
     place = Path(root)
     plan = [Trial(*t) for t in json.loads((place / "plan.json").read_text())]
     bases, results = _bases(place / "bases"), []
     import matplotlib.font_manager  # noqa: F401  what children would do again and again
+
     import minsnr_nb.record.compare  # noqa: F401
     import minsnr_nb.record.repro  # noqa: F401
     import minsnr_nb.record.tree  # noqa: F401
@@ -415,12 +416,12 @@ def _wrong(trial: Trial, result: dict, calls: list[tuple[str, str, str]]) -> lis
     return found
 
 
-def traced(root: Path, trials: list[Trial], source: Path = ROOT) -> list[str]:
+def traced(root: Path, trials: list[Trial], weaken: str = "", source: Path = ROOT) -> list[str]:
     "Try all under strace; what was wrong, one line each"
     (root / "plan.json").write_text(json.dumps(trials))
     trace = root / "trace"
     strace = ["strace", "-ff", "--seccomp-bpf", "-y", "-v", "-s", "4096", "-o", str(trace)]
-    code = "import sys; from tests.harness.strangers import serve; serve(sys.argv[1])"
+    code = f"import sys; from tests.harness.strangers import serve\n{weaken}\nserve(sys.argv[1])"
     words = [
         *strace,
         "-e",
@@ -444,7 +445,9 @@ def traced(root: Path, trials: list[Trial], source: Path = ROOT) -> list[str]:
     ]
 
 
-def strangers(lab: Lab, most: int | None = None, only: str = "") -> tuple[bool, str]:
+def strangers(
+    lab: Lab, most: int | None = None, only: str = "", weaken: str = ""
+) -> tuple[bool, str]:
     "Every plant under every verb: nothing outside is touched, started or connected"
     if not shutil.which("strace"):
         return True, "not tried: strace is not installed (Debian: apt-get install strace)"
@@ -452,6 +455,6 @@ def strangers(lab: Lab, most: int | None = None, only: str = "") -> tuple[bool, 
     chosen = random.Random(8).sample(every, min(most or len(every), len(every)))
     with scratch() as root:
         trials = [Trial(p, v, str(root / str(n))) for n, (p, v) in enumerate(chosen)]
-        wrong = traced(root, trials)
+        wrong = traced(root, trials, weaken)
     text = f"{len(trials)} tried, {len({w.rpartition(': ')[0] for w in wrong})} wrong"
     return not wrong, f"{text} {wrong[:3] or ''}".strip()
