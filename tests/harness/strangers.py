@@ -216,7 +216,7 @@ VERBS: dict[str, str] = {  # {run}: the planted one, {out}: where output goes, {
     "continue": "continue {run} --steps 10 --run-root {out}/runs",
 }
 BASES = {"resume": "half", "train --resume": "half", "ask": "running"}  # else a finished run
-TELLS = ("runs", "train")  # `runs` lists what it cannot read; a config is its owner's
+TELLS = ("runs",)  # it lists what it cannot read
 
 
 class Trial(NamedTuple):
