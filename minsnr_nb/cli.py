@@ -22,17 +22,22 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from fastcore.script import anno_parser
 
-from .errors import ConfigError, MinsnrError, MinsnrWarning, nearest
+from .errors import ConfigError, MinsnrError, MinsnrWarning, nearest, printable
 
 # %% ../nbs/73_cli.ipynb #62888b26
+def _say(text: Any, file: Any = None) -> None:
+    "Print lines; nothing in them is an order to the terminal"
+    print("\n".join(map(printable, str(text).split("\n"))), file=file, flush=True)
+
+
 def announce(run) -> None:
     "Print where a run lives"
-    print(f"RUN_DIR: {run.path}", flush=True)
+    _say(printable(f"RUN_DIR: {run.path}"))
 
 
 def _warn(text: str) -> None:
-    "Say something to the person at the terminal"
-    print(f"minsnr: {text}", file=sys.stderr, flush=True)
+    "Say something in one line to the person at the terminal"
+    _say(printable(f"minsnr: {text}"), sys.stderr)
 
 
 def _as_json(value: Any) -> str:
@@ -138,7 +143,7 @@ def _eval(
         opened, values = eval_run(run, config, weights=weights, allow=tuple(allow or ()), **how)
         announce(opened)
     rows = [{"metric": k, "value": v} for k, v in values.items()]
-    print(_as_json(values) if json else _columns(rows))
+    _say(_as_json(values) if json else _columns(rows))
 
 # %% ../nbs/73_cli.ipynb #2800ee92
 @_verb("sample")
@@ -159,10 +164,10 @@ def _sample(
 
     how: dict = {"n": n, "seed": seed, "overrides": overrides, "device": device}
     if run.startswith("local://"):
-        print(sample_model(run, size=_size(size) if size else None, out=out, **how))
+        _say(sample_model(run, size=_size(size) if size else None, out=out, **how))
     else:
         save: dict = {"save_predictions": save_predictions, "weights": weights}
-        print(sample_run(run, warn=_warn, **how, **save))
+        _say(sample_run(run, warn=_warn, **how, **save))
 
 # %% ../nbs/73_cli.ipynb #020cd51c
 def _size(text: str) -> tuple[int, int]:
@@ -201,7 +206,7 @@ def _check(
 
     found = {str(r): audit(open_run(r).path, level) for r in run}
     if json:
-        print(_as_json({r: [c._asdict() for c in checks] for r, checks in found.items()}))
+        _say(_as_json({r: [c._asdict() for c in checks] for r, checks in found.items()}))
     else:
         for checks in found.values():
             _report(checks, quiet)
@@ -213,10 +218,10 @@ def _report(checks: list, quiet: bool = False) -> None:
     from minsnr_nb.record.checks import contract_report
 
     for contract, ok in contract_report(checks).items():
-        print(f"{contract}: {'ok' if ok else 'BROKEN'}")
+        _say(f"{contract}: {'ok' if ok else 'BROKEN'}")
     for c in checks:
         if not c.ok and not quiet:
-            print(f"  {c.id} {c.path}: {c.message}{f' ({c.hint})' if c.hint else ''}")
+            _say(printable(f"  {c.id} {c.path}: {c.message}{f' ({c.hint})' if c.hint else ''}"))
 
 # %% ../nbs/73_cli.ipynb #71102f4a
 @_verb("runs")
@@ -234,13 +239,13 @@ def _runs(
     root = Path(run_root) if run_root else _run_root()
     rows = run_rows(root, columns or (), where or (), sort)
     if json:
-        print(_as_json(rows))
+        _say(_as_json(rows))
     elif rows:
-        print(_columns([_short(row, columns or []) for row in rows]))
+        _say(_columns([_short(row, columns or []) for row in rows]))
     elif where and (total := len(run_rows(root))):
-        print(f"no run matches {' and '.join(where)}; {total} runs in {root}")
+        _say(f"no run matches {' and '.join(where)}; {total} runs in {root}")
     else:
-        print(f"no runs in {root}")
+        _say(f"no runs in {root}")
 
 
 def _run_root() -> Path:
@@ -262,7 +267,8 @@ def _short(row: dict, columns: list[str]) -> dict:
 def _columns(rows: list[dict]) -> str:
     "Align dictionaries as a table"
     keys = list(dict.fromkeys(k for row in rows for k in row))
-    show = lambda v: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v)  # noqa: E731
+    text = lambda v: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v)  # noqa: E731
+    show = lambda v: printable(text(v))  # noqa: E731
     lines = [keys, *([show(row.get(k)) for k in keys] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
     return "\n".join(
@@ -291,7 +297,7 @@ def _ask(
     if (state := derive_state(opened)) not in ("created", "running"):
         raise ConfigError(f"{opened.path}: is {state}; nobody is there to ask")
     leave(opened, what)
-    print(f"asked {opened.id}: it {_ASKED[what]}")
+    _say(f"asked {opened.id}: it {_ASKED[what]}")
 
 # %% ../nbs/73_cli.ipynb #de2f49ba
 @_verb("fork")
@@ -337,7 +343,7 @@ def _export(
     from minsnr_nb.record.export import export_run
     from minsnr_nb.record.tree import write_tree
 
-    print(write_tree(run, tree) if tree else export_run(run, dest or "exports"))
+    _say(write_tree(run, tree) if tree else export_run(run, dest or "exports", _warn))
 
 # %% ../nbs/73_cli.ipynb #e0965233
 @_verb("promote")
@@ -354,7 +360,7 @@ def _promote(
     from minsnr_nb.api import promote_run
 
     model = promote_run(run, name, weights, licence=licence, evaluation=evaluation)
-    print(f"local://{name}@{model.card['version']} {model.path}")
+    _say(f"local://{name}@{model.card['version']} {model.path}")
 
 # %% ../nbs/73_cli.ipynb #e68610b4
 @_verb("compare")
@@ -366,7 +372,7 @@ def _compare(
     "Put runs side by side on one page: minsnr compare RUN RUN … [--out compare.html]"
     from minsnr_nb.record.compare import compare_page
 
-    print(compare_page(list(run), out, evaluation or ()))
+    _say(compare_page(list(run), out, evaluation or ()))
 
 
 @_verb("repro")
@@ -383,13 +389,13 @@ def _repro(
     if not verify:
         from minsnr_nb.record.repro import commands
 
-        print("\n".join(commands(run)))
+        _say("\n".join(commands(run)))
         return 0
     from minsnr_nb.api import verify_run
 
     how: dict = {"device": device, "here": here, "allow": tuple(allow or ()), "tell": _warn}
     step, difference = verify_run(run, **how)
-    print(difference or f"identical to step {step}")
+    _say(difference or f"identical to step {step}")
     return int(bool(difference))
 
 # %% ../nbs/73_cli.ipynb #7a47a42e
@@ -415,7 +421,7 @@ def _list(
 
     load_plugins()
     with lanes_with(*(extension or ())) as known:
-        print(_columns(_lane_rows(lane, known)))
+        _say(_columns(_lane_rows(lane, known)))
 
 
 def _lane_rows(lane: str | None, lanes: dict) -> list[dict]:
@@ -440,7 +446,7 @@ def _identify(
     from minsnr_nb.analysis.identify import identify_file
     from minsnr_nb.lab import named_schedule
 
-    print(identify_file(file, named_schedule(schedule or "linear", timesteps), prediction))
+    _say(identify_file(file, named_schedule(schedule or "linear", timesteps), prediction))
 
 # %% ../nbs/73_cli.ipynb #4c7c2d96
 class _OneLine(argparse.ArgumentParser):
@@ -550,6 +556,7 @@ def _tell_plugins() -> None:
 
 def _accept(found: dict) -> None:
     "Trust the own code of the run that is asked for"
+    from minsnr_nb.record.directory import open_run
     from minsnr_nb.record.promote import find_model
     from minsnr_nb.record.trust import trust_code
     from minsnr_nb.settings import project_root, settings
@@ -557,7 +564,10 @@ def _accept(found: dict) -> None:
     run = found.get("run") or found.get("resume") or found["config"]
     if run.startswith("local://"):
         run = find_model(run, settings(project_root())["models"]).path
-    trust_code(run if Path(run).is_dir() else Path(run).parent, found["trust_code"])
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    if (folder / "meta/provenance.json").is_file():
+        open_run(folder)
+    trust_code(folder, found["trust_code"])
 
 # %% ../nbs/73_cli.ipynb #694668e5
 def _overview() -> str:
@@ -585,12 +595,12 @@ def _dispatch(words: list[str]) -> int:
     "Find the verb and call it"
     verb, *rest = words or [""]
     if verb in ("", "-h", "--help"):
-        print(_overview(), file=sys.stdout if verb else sys.stderr)
+        _say(_overview(), sys.stdout if verb else sys.stderr)
         return 0 if verb else 2
     if verb not in VERBS:
         raise ConfigError(f"no verb {verb!r}" + nearest(verb, VERBS))
     if {"-h", "--help"} & {*rest}:
-        print(_help(verb))
+        _say(_help(verb))
         return 0
     _take_env()
     found = _located(_parsed(verb, _portable(verb, rest)))
@@ -639,6 +649,11 @@ def main(
             raise
         _warn(said)
         return getattr(e, "exit_code", 2)
+    except SystemExit as e:  # no verb of ours ends like this
+        if debug:
+            raise
+        _warn(f"code that is not ours ended the command: SystemExit: {e.code}; --debug shows where")
+        return 1
     except KeyboardInterrupt:
         _warn("interrupted; `minsnr resume RUN` continues from the last checkpoint")
         return 128 + signal.SIGINT

@@ -85,6 +85,11 @@ def _doing(verb: str, path):
         raise error from e
 
 
+def _plain(path, flags: int, open=os.open) -> int:
+    "Open a file of a run for reading; a link is an error, and the test's faulty `os` is not asked"
+    return open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+
+
 def _buffers(data: Data):
     if isinstance(data, str):
         data = data.encode()
@@ -254,6 +259,7 @@ class Appender:
         self.path = Path(path)
         with _doing("open", self.path):
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+            flags |= getattr(os, "O_NOFOLLOW", 0)  # a link would lead the line out of the run
             self._fd = os.open(self.path, flags, 0o666)
 
     def line(self, text: str) -> int:
@@ -378,11 +384,16 @@ def _make_one(path: Path, made: list[Path]) -> None:
         _fsync(path.parent)
 
 
+def _raise(error: OSError):
+    "What `os.walk` does not do by itself about a directory that it cannot list"
+    raise error
+
+
 def publish(staging, final) -> Path:
     "Make a staged directory visible: flush all of it, one rename, flush the parent"
     staging, final = Path(staging), Path(final)
     with _doing("publish", final):
-        for folder, _, files in os.walk(staging, topdown=False):
+        for folder, _, files in os.walk(staging, topdown=False, onerror=_raise):
             for name in files:
                 _fsync(Path(folder, name))
             _fsync(Path(folder))
@@ -444,7 +455,7 @@ def remove_empty(path) -> None:
 
 def whole_lines(path) -> int:
     "Length in bytes of a log without a torn last line"
-    with _doing("read", path), open(path, "rb") as f:
+    with _doing("read", path), open(path, "rb", opener=_plain) as f:
         end = f.seek(0, os.SEEK_END)
         while end > 0:
             start = max(0, end - 65536)
@@ -459,7 +470,7 @@ def whole_lines(path) -> int:
 def cut(path, size: int, keep_to) -> int:
     "Make a log end after `size` bytes, once its tail is kept in `keep_to`; the bytes cut off"
     path, keep_to = Path(path), Path(keep_to)
-    with _doing("read", path), open(path, "rb") as f:
+    with _doing("read", path), open(path, "rb", opener=_plain) as f:
         if f.seek(0, os.SEEK_END) < size:
             raise OSError(errno.EINVAL, f"shorter than the {size} bytes to keep")
         f.seek(size)
@@ -480,10 +491,17 @@ def renew(path, size: int) -> None:
 def _free_or_equal(path: Path, data: bytes) -> Path:
     "`path`, or the first numbered name beside it that is free; the same bytes are kept once"
     candidate, n = path, 0
-    while candidate.exists() and candidate.read_bytes() != data:
+    while os.path.lexists(candidate) and _content(candidate) != data:
         n += 1
         candidate = path.with_stem(f"{path.stem}-{n}")
     return candidate
+
+
+def _content(path: Path) -> bytes | None:
+    "What is in a plain file; None when it is something else"
+    with suppress(OSError), open(path, "rb", opener=_plain) as f:
+        return f.read()
+    return None
 
 
 def digest(data: str | bytes) -> str:
@@ -493,5 +511,5 @@ def digest(data: str | bytes) -> str:
 
 def sha256(path) -> str:
     "Hex digest of a file's content"
-    with _doing("read", path), open(path, "rb") as f:
+    with _doing("read", path), open(path, "rb", opener=_plain) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

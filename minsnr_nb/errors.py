@@ -1,9 +1,10 @@
 """Expected failures, in one line each: what, where, and what is allowed."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
-__all__ = ["ConfigError", "MinsnrError", "MinsnrWarning", "nearest"]
+__all__ = ["ConfigError", "MinsnrError", "MinsnrWarning", "nearest", "printable"]
 
 
 class MinsnrError(Exception):
@@ -20,6 +21,18 @@ class ConfigError(MinsnrError):
 
 class MinsnrWarning(UserWarning):
     "Something a person should see, told in one line; work goes on"
+
+
+_CONTROLS = re.compile(  # of terminals, of the direction of writing, of lines; and what is no text
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(
+    text: str,  # A line that may hold a name or a value from a file
+) -> str:  # Fit for a terminal
+    "Write control characters as escapes, so that they are read and not obeyed"
+    return _CONTROLS.sub(lambda m: ascii(m[0])[1:-1], text)
 
 
 def _slips(a: str, b: str) -> int:

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['MAX_RECORD', 'WIDTHS', 'MAX_HEADER', 'MAX_RANK', 'MAX_TENSORS', 'MAX_INFLATED', 'MAX_RATIO', 'MAX_MEMBERS', 'PICKLES',
-           'TOKENS', 'inside', 'places_in', 'without_places', 'open_plain', 'read_plain', 'from_json', 'Header',
-           'tensor_header', 'tensor_bytes', 'weights_facts', 'same_tensors', 'npz_problem', 'is_pickle',
-           'pickle_problem', 'holds_token', 'secret_names', 'secret_problem']
+           'TOKENS', 'inside', 'places_in', 'without_places', 'open_plain', 'read_plain', 'entries_of', 'is_link',
+           'from_json', 'Header', 'tensor_header', 'tensor_bytes', 'weights_facts', 'same_tensors', 'npz_problem',
+           'is_pickle', 'holds_pickle', 'pickle_problem', 'holds_token', 'as_text', 'secret_names', 'secret_problem']
 
 # %% ../nbs/05_guard.ipynb #68efd2a2
 import ast
+import io
 import json
+import mmap
 import os
 import pickletools
 import re
@@ -18,7 +20,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -75,13 +77,15 @@ def without_places(
 
 # %% ../nbs/05_guard.ipynb #f1461ff5
 MAX_RECORD = 16 << 20  # bytes of a whole document
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def open_plain(
     path: str | Path,  # A file, not a pipe or a device
+    follow: bool = False,  # Whether it may be a link, as a file of one's own may
 ) -> BinaryIO:
     "Open a plain file for reading, never waiting for it"
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    fd = os.open(path, _READ | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise MinsnrError(f"{path}: not a plain file")
@@ -91,10 +95,11 @@ def open_plain(
 def read_plain(
     path: str | Path,  # A file
     most: int = MAX_RECORD,  # Bytes that it may have
+    follow: bool = False,  # Whether it may be a link
 ) -> bytes:
     "Read a plain file of bounded size"
     try:
-        with open_plain(path) as f:
+        with open_plain(path, follow) as f:
             size = os.fstat(f.fileno()).st_size
             data = f.read(min(size, most) + 1)
     except (OSError, ValueError) as e:
@@ -102,6 +107,32 @@ def read_plain(
     if len(data) > most:
         raise MinsnrError(f"{path}: larger than {most} bytes")
     return data
+
+# %% ../nbs/05_guard.ipynb #7428b5ab
+def entries_of(
+    root: str | Path,  # A directory
+) -> Iterator[tuple[str, os.DirEntry]]:  # Name relative to it, with forward slashes, and the entry
+    "List everything below a directory; no link is followed, and what cannot be listed is an error"
+    waiting = [""]
+    while waiting:
+        at = waiting.pop()
+        try:
+            with os.scandir(Path(root, at)) as found:
+                entries = sorted(found, key=lambda e: e.name)
+        except OSError as e:
+            if at and isinstance(e, FileNotFoundError):  # gone since its parent was listed
+                continue
+            raise MinsnrError(f"{Path(root, at)}: cannot be listed: {e.strerror}") from None
+        yield from ((f"{at}{e.name}", e) for e in entries)
+        folders = [e for e in entries if e.is_dir(follow_symlinks=False) and not is_link(e)]
+        waiting += [f"{at}{e.name}/" for e in reversed(folders)]
+
+
+def is_link(
+    entry: os.DirEntry,  # From `entries_of`
+) -> bool:
+    "Whether an entry leads somewhere else"
+    return entry.is_symlink() or bool(getattr(entry, "is_junction", lambda: False)())
 
 # %% ../nbs/05_guard.ipynb #1a59a72f
 def _no_constant(token: str):
@@ -330,10 +361,11 @@ def npz_problem(
 # %% ../nbs/05_guard.ipynb #3620619b
 _FETCH = {"GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
 _CALL = {"REDUCE", "BUILD", "OBJ", "NEWOBJ", "NEWOBJ_EX", "INST"}
+_NAMED = re.compile(r"[A-Za-z_][\w.]* [A-Za-z_][\w.]*")  # a module, and something in it
 
 
 def is_pickle(
-    data: bytes,  # The beginning of a file, or all of it
+    data: Any,  # Bytes of the beginning of a file, or of all of it; they may be mapped
 ) -> bool:
     "Whether bytes are instructions for the pickle machine"
     if data[:1] == b"\x80":
@@ -341,9 +373,7 @@ def is_pickle(
     seen = set()
     try:
         for op, arg, at in pickletools.genops(data):
-            if op.name in ("GLOBAL", "INST") and not re.fullmatch(
-                r"[A-Za-z_][\w.]* [A-Za-z_][\w.]*", str(arg)
-            ):
+            if op.name in ("GLOBAL", "INST") and not _NAMED.fullmatch(str(arg)):
                 return False
             seen.add(op.name)
             if op.name == "STOP":
@@ -351,6 +381,38 @@ def is_pickle(
     except Exception:  # not instructions: whatever the reader of the standard library says
         return bool(seen & _FETCH and seen & _CALL)
     return bool(seen & _FETCH and (seen & _CALL or last))
+
+# %% ../nbs/05_guard.ipynb #e116ac7f
+_IMPORT = {"GLOBAL", "INST", "STACK_GLOBAL"}
+_BINARY = rb"\x80[\x02-\x07]"
+_BEGINS = re.compile(_BINARY + rb"|\(|c[A-Za-z_][\w.]{0,99}\n[A-Za-z_][\w.]{0,99}\n")
+
+
+def _calls_from(data: bytes | mmap.mmap, at: int, left: list[int]) -> bool:
+    "Whether whole instructions that fetch and call begin at a place; `left` counts down"
+    stream: Any = data if isinstance(data, mmap.mmap) else io.BytesIO(data)
+    seen: set[str] = set()
+    stream.seek(at)
+    try:
+        for op, arg, _ in pickletools.genops(stream):
+            if op.name in ("GLOBAL", "INST") and not _NAMED.fullmatch(str(arg)):
+                return False
+            seen.add(op.name)
+            left[0] -= 1
+            if left[0] < 0 or op.name == "STOP":
+                return left[0] < 0 or bool(seen & _IMPORT and seen & _CALL)
+    except Exception:  # not instructions
+        pass
+    return False
+
+
+def holds_pickle(
+    data: bytes | mmap.mmap,  # All of a file
+) -> bool:
+    "Whether instructions for the pickle machine stand anywhere in a file"
+    begins, left = _BEGINS if len(data) <= MAX_RECORD else re.compile(_BINARY), [1_000_000]
+    found = (m.start() for m in begins.finditer(data))
+    return is_pickle(data) or any(_calls_from(data, at, left) for at in found)
 
 # %% ../nbs/05_guard.ipynb #51b4f52c
 PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".dill", ".p", ".pyc", ".bin"}
@@ -370,6 +432,12 @@ def _tensor_problem(head: bytes, name: str, size: int) -> str | None:
     return None
 
 
+def _mapped(f: BinaryIO, ask: Callable[[mmap.mmap], bool]) -> bool:
+    "Answer a question about all of a file, which need not fit into memory"
+    with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return ask(data)
+
+# %% ../nbs/05_guard.ipynb #be1d297c
 def pickle_problem(
     path: Path,  # A file of any kind
 ) -> str | None:  # What is wrong with it, if anything
@@ -379,16 +447,16 @@ def pickle_problem(
         return f"{suffix} files are not allowed in a run"
     with open_plain(path) as f:
         head, size = f.read(8 + MAX_HEADER), os.fstat(f.fileno()).st_size
+        f.seek(0)
         if head[:6] == b"\x93NUMPY" or suffix == ".npy":
-            f.seek(0)
             return _npy_problem(f, size)
-    if suffix == ".safetensors":
-        return _tensor_problem(head, path.name, size)
-    if suffix == ".npz":
-        return npz_problem(path)
-    if head[:2] == b"PK" or _ARCHIVES.match(head):
-        return "an archive"
-    return "a pickle" if is_pickle(head[: 1 << 16]) else None
+        if suffix == ".safetensors":
+            return _tensor_problem(head, path.name, size)
+        if suffix == ".npz":
+            return npz_problem(f)
+        if head[:2] == b"PK" or _ARCHIVES.match(head):
+            return "an archive"
+        return "a pickle" if size and _mapped(f, holds_pickle) else None
 
 # %% ../nbs/05_guard.ipynb #ca10c742
 _USER = r"[^\s/:@\"'<>{}$]+"
@@ -408,10 +476,18 @@ TOKENS = {  # what is looked for first, as plain text -> what it has to look lik
 
 
 def holds_token(
-    text: str,  # Of a file
+    text: str | bytes,  # Of a file
 ) -> bool:
     "Whether something in a text has the form of a token, a key or a password in an address"
+    text = as_text(text) if isinstance(text, bytes) else text
     return any(hint in text and re.search(form, text) for hint, form in TOKENS.items())
+
+
+def as_text(
+    data: bytes,  # Of any file
+) -> str:  # What can be searched for words
+    "Read bytes as UTF-8, and what is UTF-16 or UTF-32 as if it were"
+    return data.replace(b"\0", b"").decode("utf-8", "ignore")
 
 # %% ../nbs/05_guard.ipynb #b8f51b8a
 _TELLING = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
@@ -430,7 +506,7 @@ def secret_problem(
     environ: Mapping[str, str] = os.environ,
 ) -> str | None:  # What is secret about it; never the secret itself
     "Find tokens and the values of secret variables"
-    text = data.decode("utf-8", "ignore")
+    text = as_text(data)
     if holds_token(text):
         return "something that looks like a secret"
     for name in secret_names(environ):

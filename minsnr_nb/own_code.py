@@ -22,9 +22,9 @@ from minsnr_nb.capture import CURE, standalone
 from minsnr_nb.config import Config, Loaded
 from minsnr_nb.errors import ConfigError
 from minsnr_nb.guard import read_plain, secret_problem
-from minsnr_nb.record.trust import MAX_CODE, OwnCode, is_record, require_trust, stored_code
+from minsnr_nb.record.trust import MAX_CODE, OwnCode, require_trust, stored_code
 from minsnr_nb.registry import Registry, keyword_model
-from minsnr_nb.settings import project_root
+from minsnr_nb.settings import is_record, project_root
 from minsnr_nb.strict_yaml import read_yaml, write_yaml
 
 __all__ = ["find_code", "matching_code", "using", "with_cells"]
@@ -54,7 +54,7 @@ def _here(name: str, source: Path | None) -> OwnCode:
     path = _place(name, source)
     if not _NAME.fullmatch(path.name):
         raise ConfigError(f"extensions: {name!r}: a file of code is named like my_loss.py")
-    data = read_plain(path, MAX_CODE)
+    data = read_plain(path, MAX_CODE, follow=True)
     if problem := secret_problem(data):
         raise ConfigError(
             f"extensions: {path.name}: holds {problem}; it would be kept in every run"
@@ -94,7 +94,7 @@ def matching_code(
         raise ConfigError(f"extensions: {sorted(then)} then, {sorted(now)} now")
     for short, name in now.items() if source is None or not is_record(source.parent) else ():
         try:
-            data = read_plain(_place(name, source), MAX_CODE)
+            data = read_plain(_place(name, source), MAX_CODE, follow=True)
         except ConfigError:
             continue  # the run does not need the original any more
         if data != then[short].data:

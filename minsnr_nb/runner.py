@@ -273,7 +273,7 @@ def recorded(
     except KeyboardInterrupt as e:
         ending.bad("interrupted", e, loop.state.step, "interrupted by the user")
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # an exit of a plug-in is no end of ours
         where = getattr(e, "__notes__", [])[:1]  # the callback, if it was one
         ending.bad("failed", e, loop.state.step, ": ".join([*where, type(e).__name__, str(e)]))
         raise
@@ -451,7 +451,7 @@ def run_to_end(
     force: bool = False,  # Take the run over from an owner that lives, or may live
 ) -> Run:
     "Train a run to its end, from its newest checkpoint if there is one"
-    with threads(run.provenance()["determinism"]["num_threads"]), switches(lab.cfg.train):
+    with threads(run.threads()), switches(lab.cfg.train):
         claim = _look(run, lab, allow, warn)
         refuse_owner(run, force, warn)
         with desk(run.path, f"attempt{claim.attempt}"):

@@ -11,7 +11,7 @@ VALUE = "a-value-nobody-may-see"
 
 
 def minsnr(place, *words):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("MINSNR_", "HIDDEN_"))}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MINSNR_")}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     code = "import sys; from minsnr_nb.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, *map(str, words)]
@@ -21,26 +21,26 @@ def minsnr(place, *words):
 def test_names_are_recorded_and_values_stay(tmp_path):
     (tmp_path / "settings.ini").write_text("[minsnr]\n")
     (tmp_path / ".env").write_text(
-        f"HIDDEN_THING={VALUE}\n# HIDDEN_OTHER=1\nexport HIDDEN_TWO='x y'\n"
+        f"MINSNR_VAR_THING={VALUE}\n# MINSNR_VAR_OTHER=1\nexport MINSNR_VAR_TWO='x y'\n"
     )
     done = minsnr(tmp_path, "train", ROOT / "configs/smoke.yaml", "train.steps=2")
     assert done.returncode == 0, done.stderr
     run = Path(done.stdout.split("RUN_DIR: ")[1].splitlines()[0])
     stamp = json.loads((run / "meta/provenance.json").read_text())
-    assert stamp["env"]["dotenv"] == ["HIDDEN_THING", "HIDDEN_TWO"]
+    assert stamp["env"]["dotenv"] == ["MINSNR_VAR_THING", "MINSNR_VAR_TWO"]
     files = [p for p in run.rglob("*") if p.is_file()]
     assert files and not [p for p in files if VALUE.encode() in p.read_bytes()]
     assert minsnr(tmp_path, "export", run, "--dest", tmp_path / "out").returncode == 0
     (run / "artifacts/plots/x.svg").write_text(f"<svg><text>{VALUE}</text></svg>")
     done = minsnr(tmp_path, "export", run, "--dest", tmp_path / "again")
-    assert done.returncode == 1 and "the value of HIDDEN_THING" in done.stderr
+    assert done.returncode == 1 and "the value of MINSNR_VAR_THING" in done.stderr
     assert VALUE not in done.stderr and not list((tmp_path / "again").glob("*"))
 
 
 def test_the_library_does_not_read_it(tmp_path):
-    (tmp_path / ".env").write_text(f"HIDDEN_THING={VALUE}\n")
+    (tmp_path / ".env").write_text(f"MINSNR_VAR_THING={VALUE}\n")
     (tmp_path / "settings.ini").write_text("[minsnr]\n")
-    code = "import os, minsnr_nb.all; print(os.environ.get('HIDDEN_THING'))"
+    code = "import os, minsnr_nb.all; print(os.environ.get('MINSNR_VAR_THING'))"
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     }

@@ -9,7 +9,7 @@ import pytest
 
 from minsnr_nb import checkpoint, durable, runner
 from minsnr_nb.record import generations, seal
-from tests.harness import PARTS, after, damage, faults, notebook, power, races
+from tests.harness import PARTS, after, damage, faults, notebook, power, races, strangers
 from tests.harness.lab import Lab
 
 
@@ -21,6 +21,8 @@ def lab():
 @pytest.mark.parametrize("name", PARTS)
 def test_part(name, lab):
     part, full, short = PARTS[name]
+    if name == "strangers" and not shutil.which("strace"):
+        pytest.skip("strace is not installed (Debian: apt-get install strace)")
     ok, text = part(lab, **(full if os.environ.get("RUN_SLOW") else short))
     assert ok, text
 
@@ -69,6 +71,13 @@ def test_without_the_lock_a_wrong_seal_is_found(lab, monkeypatch):
     monkeypatch.setattr(durable, "alone", lambda folder: nullcontext())
     ok, text = races.writers(lab, 6)
     assert not ok, text
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_without_the_gate_a_link_is_found(lab):
+    weaken = "from minsnr_nb.record import directory\ndirectory.refuse_strange = lambda *_: None"
+    ok, text = strangers.strangers(lab, 8, "link at (logs|artifacts)", weaken)
+    assert not ok and "not refused" in text, text
 
 
 def test_without_digests_damage_is_found(lab, monkeypatch):

@@ -182,7 +182,7 @@ def open_images(
     def read(name: str) -> bytes:
         try:
             if not z:
-                return read_plain(path / name, MAX_INFLATED)
+                return read_plain(path / name, MAX_INFLATED, follow=True)
             with z.open(name) as file:
                 return file.read(min(z.getinfo(name).file_size, MAX_INFLATED))
         except Exception as e:  # no permission, a bad checksum, encryption, a broken stream …

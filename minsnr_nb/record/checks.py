@@ -21,8 +21,11 @@ from .. import durable
 from ..errors import ConfigError, MinsnrError
 from minsnr_nb.guard import (
     MAX_RECORD,
+    entries_of,
     holds_token,
     inside,
+    is_link,
+    open_plain,
     pickle_problem,
     places_in,
     read_plain,
@@ -36,6 +39,7 @@ from minsnr_nb.record.directory import (
     Run,
     later_version,
     manifest_of,
+    strange_entries,
     summarise,
     version_problem,
 )
@@ -92,11 +96,6 @@ def _outcomes(run: Run, id: str, level: str, hint: str, find: Callable) -> list[
     return bad or [Check(id, level, True, "", "", "")]
 
 
-def _strange(path: Path) -> bool:
-    "Whether something is neither a directory nor a plain file, nor gone since"
-    return path.is_symlink() or not (path.is_dir() or path.is_file() or not os.path.lexists(path))
-
-
 def check_run(
     path: str | Path,  # A run directory, wherever it was moved to
     level: str = "L3",  # The last level wanted
@@ -106,7 +105,7 @@ def check_run(
     if not run.path.is_dir():
         raise ConfigError(f"{path}: no such directory; `minsnr runs` lists the runs")
     wanted = {id: known for id, known in CHECKS.items() if known[0] <= level}
-    if any(_strange(path) for path in run.path.rglob("*")):  # do not follow it, or wait for it
+    if any(strange_entries(run.path)):  # do not follow it, or wait for it
         wanted = {id: known for id, known in wanted.items() if known[0] == "L0"}
     outcomes = [_outcomes(run, id, *known) for id, known in wanted.items()]
     return [c for group in outcomes for c in group]
@@ -143,22 +142,21 @@ _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 def files_of(run: Run) -> Iterator[Path]:
     "Every plain file of a run except hidden ones, which belong to a write in progress"
-    for folder, dirs, names in os.walk(run.path):
-        dirs[:] = sorted(d for d in dirs if not d.startswith("."))
-        for path in (Path(folder, n) for n in sorted(names) if not n.startswith(".")):
-            if path.is_file() and not path.is_symlink():  # a pipe would block its reader
-                yield path
+    for name, entry in entries_of(run.path):
+        hidden = name.startswith(".") or "/." in name
+        if not hidden and not is_link(entry) and entry.is_file(follow_symlinks=False):
+            yield run.path / name
 
 
-@check("AB.names", "L0", "links and special files do not survive a copy; put the content there")
+@check(
+    "AB.names", "L0", "a run holds plain files of its own; put the content there, or take it out"
+)
 def _names(run):
-    for path in run.path.rglob("*"):
-        name = path.relative_to(run.path).as_posix()
-        if _strange(path):
-            yield name, "a link or a special file"
+    yield from strange_entries(run.path)
+    for name, entry in entries_of(run.path):
         if len(name) > 240 or unicodedata.normalize("NFC", name) != name or not name.isprintable():
             yield name, "a name that other file systems refuse"
-        if _DEVICES.fullmatch(path.name) or set(path.name) & set('<>:"\\|?*'):
+        if _DEVICES.fullmatch(entry.name) or set(entry.name) & set('<>:"\\|?*'):
             yield name, "a name that Windows refuses"
 
 # %% ../../nbs/record/22_checks.ipynb #9058879f
@@ -186,6 +184,8 @@ def _provenance(run):
             value = value.get(part) if isinstance(value, dict) else None
         if type(value) is not kind or (kind in (str, list) and not value):
             yield "meta/provenance.json", f"{key}: a non-empty {kind.__name__} is required"
+    if "determinism" in stamp:
+        run.threads()
     if problem := version_problem(run):
         yield "meta/provenance.json", problem
     if not _UTC.fullmatch(str(stamp.get("created_at_utc"))):
@@ -326,7 +326,7 @@ def _generation(run: Run, folder: Path) -> Iterator[tuple[str, str]]:
         yield name, "belongs to another config"
     log = manifest.get("metrics")
     if log and folder.parent == run.ckpts_last:
-        with open(run.metrics_path, "rb") as f:
+        with open_plain(run.metrics_path) as f:
             if durable.digest(f.read(log["bytes"])) != log["prefix_sha256"]:
                 yield name, "belongs to another metrics log"
 
@@ -362,7 +362,7 @@ def _no_pickle(run):
 def _secrets(run):
     for path in files_of(run):
         if path.suffix in TEXTS and path.stat().st_size <= MAX_RECORD:
-            if holds_token(read_plain(path).decode("utf-8", "ignore")):
+            if holds_token(read_plain(path)):
                 yield (
                     path.relative_to(run.path).as_posix(),
                     "holds something that looks like a secret",
@@ -540,7 +540,7 @@ def seal_problems(run: Run) -> Iterator[tuple[str, str]]:
     if not is_sealed(run):
         return
     facts = read_json(run.path / "meta/seal.json")
-    as_written = (run.path / "meta/seal.json").read_bytes() == to_json(facts).encode()
+    as_written = read_plain(run.path / "meta/seal.json") == to_json(facts).encode()
     if facts.get("digest") != seal_digest(facts) or not as_written:  # to the last newline
         yield "meta/seal.json", "was changed after it was written"
     manifest = run.path / "meta/manifest.json"

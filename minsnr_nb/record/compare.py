@@ -61,15 +61,10 @@ def _grids(runs: list[Run], most: int = 6) -> list[list]:
     found = [{p.stem: p for p in r.grids.glob("step_*.png")} for r in runs]
     names = sorted({n for f in found for n in f}, reverse=True)[:most]
     return [
-        [int(n[5:]), *(_picture(f[n]) if n in f else None for f in found)]
+        [int(n[5:]), *(read_plain(f[n]) if n in f else None for f in found)]
         for n in names
         if n[5:].isdigit()
     ]
-
-
-def _picture(path: Path) -> bytes:
-    "The content of a file that is in the run itself"
-    return b"" if path.is_symlink() else read_plain(path)
 
 # %% ../../nbs/record/28_compare.ipynb #76d920b0
 def _facts(run: Run, evaluation: dict | None) -> dict[str, Any]:

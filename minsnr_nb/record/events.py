@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import durable
 from ..errors import MinsnrError
-from ..guard import holds_token
+from ..guard import holds_token, open_plain, read_plain
 from .strict_json import MAX_LINE, read_log
 from .directory import RESERVED, Run
 from .directory import write_summary
@@ -122,7 +122,8 @@ class EventLog:
         self.guard: Callable[[dict], None] | None = None  # asked before each line
         # a line torn by a kill would swallow the next one
         rewind(run, durable.whole_lines(run.metrics_path), attempt)
-        data = run.metrics_path.read_bytes()
+        with open_plain(run.metrics_path) as f:
+            data = f.read()
         self._hash, self._bytes, self._lines = hashlib.sha256(data), len(data), data.count(b"\n")
         self._out = durable.Appender(run.metrics_path)
 
@@ -208,7 +209,7 @@ class _Printed:
         self._run, self._attempt, self._out, self._left = run, attempt, None, 0
         with suppress(MinsnrError, OSError):
             path = run.stdout_path
-            data = path.read_bytes() if path.is_file() else b""
+            data = read_plain(path) if path.is_file() else b""
             if not data.endswith(f"{MORE}\n".encode()):
                 self._out, self._left = durable.Appender(path), MAX_PRINTED - len(data)
                 if data and not data.endswith(b"\n"):  # torn by a kill

@@ -25,7 +25,7 @@ from ..errors import ConfigError, MinsnrError, nearest
 from ..strict_yaml import read_yaml
 from ..guard import read_plain
 from .strict_json import read_json
-from .directory import TERMINAL, Run
+from .directory import TERMINAL, Run, refuse_strange
 from .state import derive_state, read_status
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def read_row(
 ) -> tuple[dict, dict, dict]:  # The row, the settings, the last values
     "Read what the index says about one run"
     try:
+        refuse_strange(run.path)
         status = read_status(run)
         config = resolved_settings(read_plain(run.config_path, 2 << 20).decode("utf-8"))
         final = read_json(run.summary_path)["final"]

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from .. import durable
 from ..errors import ConfigError, MinsnrError, nearest
-from ..guard import inside
+from ..guard import MAX_TENSORS, inside, read_plain
 from .evaluations import read_evaluation
 from .strict_json import read_json, to_json, utc_now
-from .directory import Run, open_run
+from .directory import Run, open_run, refuse_strange
 from .seal import audit
 from .trust import stored_code
 
@@ -65,6 +65,7 @@ def find_model(
     if version not in have:
         raise ConfigError(f"{address}: no such version; there are {', '.join(map(str, have))}")
     path = Path(root, name, str(version))
+    refuse_strange(path, places=None)
     card = read_json(path / "card.json")
     if problem := _card_problem(path, card):
         raise MinsnrError(f"{path}: {problem}")
@@ -135,9 +136,9 @@ def promote(
     if not source.is_file():
         raise ConfigError(f"{source}: not there; choose --weights last or best")
     judged = _judged(run, evaluation, step)
-    files = {Path(f).name: (run.path / f).read_bytes() for f in COPIED}
+    files = {Path(f).name: read_plain(run.path / f) for f in COPIED}
     files |= {f"extensions/{f.name}": f.data for f in stored_code(run.path)}
-    files["model.safetensors"] = source.read_bytes()
+    files["model.safetensors"] = read_plain(source, MAX_TENSORS)
     card = _card(run, name, weights, shape, step, licence, judged)
     card["files"] = {
         f: {"bytes": len(d), "sha256": durable.digest(d)} for f, d in sorted(files.items())

@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 from .. import durable
 from ..errors import ConfigError, MinsnrError
 from .events import read_events
+from .git import git as call_git
 from .provenance import VARS, freeze
 from ..settings import project_root, settings
-from ..guard import inside
+from ..guard import inside, read_plain
 from .generations import find_checkpoint
 from .strict_json import read_json
 from .directory import Run, open_run
@@ -96,9 +97,10 @@ def compare_runs(then: Run, now: Run) -> Difference | None:
 # %% ../../nbs/record/29_repro.ipynb #554b9623
 def _git(where: Path, *words: str) -> None:
     "Run git, or say what it said"
-    done = subprocess.run(["git", *words], cwd=where, capture_output=True, text=True)
+    done = call_git(where, *words, allow=("protocol.file.allow=always",))
     if done.returncode:
-        line = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        said = done.stderr.decode("utf-8", "replace")
+        line = (said.strip().splitlines() or ["no reason given"])[-1]
         raise MinsnrError(f"git {words[0]}: {line}")
 
 
@@ -149,7 +151,10 @@ def environment_changes(run: Run) -> list[str]:
     "Name what is not as it was: the interpreter's version up to its second number, and packages"
     env = run.provenance()["env"]
     python = {k: v.rpartition(".")[0] for k, v in _pythons(env).items()}
-    texts = (_evidence(run, env["freeze"]).read_text() if env.get("freeze") else freeze(), freeze())
+    texts = (
+        read_plain(_evidence(run, env["freeze"])).decode() if env.get("freeze") else freeze(),
+        freeze(),
+    )
     then, now = (dict(line.split("==", 1) for line in text.split()) for text in texts)
     then["python"], now["python"] = python["then"], python["now"]
     return [
@@ -205,7 +210,7 @@ def _environment(run: Run, tree: Path) -> dict[str, str]:
     recorded = stamp["env"].get("vars", {})
     kept |= {k: str(recorded[k]) for k in VARS if k in recorded}  # nothing else from a stranger
     kept |= {"PYTHONPATH": str(tree)}
-    kept |= {"OMP_NUM_THREADS": str(stamp["determinism"]["num_threads"])}
+    kept |= {"OMP_NUM_THREADS": str(run.threads())}
     here = settings(project_root())
     return kept | {"MINSNR_DATA": str(here["data"]), "MINSNR_MODELS": str(here["models"])}
 
@@ -277,7 +282,6 @@ def commands(
     if "requirements.lock" in {facts["name"] for facts in env.get("locks") or []}:
         steps.append(f"uv venv --python {_pythons(env)['then'].rpartition('.')[0]}")
         steps.append(f"uv pip install --require-hashes -r {here}/meta/requirements.lock")
-    threads = run.provenance()["determinism"]["num_threads"]
     train = "python -c 'from minsnr_nb.cli import main; main()' train"
-    steps.append(f"OMP_NUM_THREADS={int(threads)} {train} {here}/config.resolved.yaml")
+    steps.append(f"OMP_NUM_THREADS={run.threads()} {train} {here}/config.resolved.yaml")
     return [*steps, f"minsnr compare {here} $(ls -d runs/*/* | tail -n 1)"]

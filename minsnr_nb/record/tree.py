@@ -17,7 +17,7 @@ from ..errors import ConfigError, MinsnrError
 from ..strict_yaml import read_yaml
 from .export import redact, refuse_unsafe
 from ..guard import pickle_problem
-from ..guard import places_in, read_plain
+from ..guard import MAX_TENSORS, places_in, read_plain
 from .predictions import CONTRACT_VERSION, MAX_SET
 from .strict_json import read_json, read_log, to_json
 from .directory import RUN_NAME, Run, open_run
@@ -42,7 +42,7 @@ def _documents(run: Run) -> Iterator[tuple[str, bytes]]:
             lines = (json.dumps(redact(e)) for e in read_log(path))
             yield name, "".join(f"{line}\n" for line in lines).encode()
         elif name in REQUIRED or _ALLOWED.fullmatch(name):
-            yield name, path.read_bytes()
+            yield name, read_plain(path, MAX_TENSORS)
     yield from _frames(run)
 
 # %% ../../nbs/record/25_tree.ipynb #06a90c02

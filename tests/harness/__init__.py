@@ -2,7 +2,7 @@
 
 from tests import hostile, property_loaders
 
-from . import after, costs, damage, faults, history, notebook, power, races
+from . import after, costs, damage, faults, history, notebook, power, races, strangers
 
 # name: (part, its full size, its size in pytest)
 PARTS = {
@@ -20,6 +20,7 @@ PARTS = {
     "writers": (races.writers, {"n": 100}, {"n": 2}),
     "loaders": (property_loaders.part, {"n": 10_000}, {"n": 100}),
     "hostile": (hostile.part, {}, {}),
+    "strangers": (strangers.strangers, {}, {"most": 24}),
     "notebook": (notebook.notebook, {"n": 300, "real": 10}, {"n": 20, "real": 1}),
     "costs": (costs.costs, {"n": 5000}, {"n": 500}),
     "index": (costs.index, {"n": 10_000}, {"n": 300}),
