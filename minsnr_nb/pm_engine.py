@@ -209,7 +209,7 @@ class StudyEngine(NBClientEngine):
             }
             with _environment(MINSNR_PM=json.dumps(record)):
                 cls._execute(manager, kernel_name, log_output, kwargs)
-            _raise_expected(manager.nb, lambda: manager.runs() or _put_back(target, kept))
+            _raise_expected(manager.nb, None if manager.runs() else lambda: _put_back(target, kept))
         return manager.nb
 
     @classmethod
@@ -270,7 +270,7 @@ def _raise_expected(nb, refused) -> None:
         for out in cell.get("outputs", []):
             if out.get("output_type") == "error" and out.ename in EXPECTED:
                 code = getattr(errors, out.ename, errors.MinsnrError).exit_code
-                if code == errors.ConfigError.exit_code:
+                if refused and code == errors.ConfigError.exit_code:
                     refused()
                 raise _ended(out.evalue, code)
 

@@ -198,7 +198,7 @@ class Scalars(dict):
     def __setitem__(self, name: str, value: float) -> None:
         self.update({name: value})
 
-    def __ior__(self, other: Any) -> "Scalars":  # type: ignore[misc, override]
+    def __ior__(self, other: Any) -> "Scalars":  # type: ignore[misc]
         self.update(other)
         return self
 

@@ -26,7 +26,7 @@ def repo(tmp_path):
     return tmp_path
 
 
-def test_a_removed_file_is_still_in_the_history(repo):
+def test_block_artifacts_a_removed_file_is_still_in_the_history(repo):
     (repo / "weights.txt").write_bytes(b"\x80\x04K\x01.")
     git(repo, "add", "-A")
     assert list(block_artifacts.findings(repo, "--staged")) == ["staged weights.txt: is a pickle"]
@@ -48,14 +48,14 @@ def test_a_removed_file_is_still_in_the_history(repo):
         ("key.txt", b"hf" + b"_" + b"a" * 34),
     ],
 )
-def test_what_must_not_be_added(name, data, repo):
+def test_block_artifacts_what_must_not_be_added(name, data, repo):
     (repo / name).parent.mkdir(parents=True, exist_ok=True)
     (repo / name).write_bytes(data)
     git(repo, "add", "-Af")
     assert [x for x in block_artifacts.findings(repo, "--staged") if name in x]
 
 
-def test_the_last_commits_of_this_repository_are_clean():
+def test_block_artifacts_the_last_commits_of_this_repository_are_clean():
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout")
     depth = subprocess.run(

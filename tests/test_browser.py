@@ -87,7 +87,7 @@ def browser(tmp_path, monkeypatch):
     driver.quit()
 
 
-def test_gamma_is_dragged(lab, browser):
+def test_browser_gamma_is_dragged(lab, browser):
     "The slider moves the curves, the numbers are those of the dragged γ, and a refusal says why"
     browser.get(lab)
     until(lambda: browser.execute_script(IDLE))

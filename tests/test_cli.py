@@ -119,7 +119,7 @@ def test_cli_train_composes_files(inside, tmp_path, capsys):
     assert "steps: 2\n" in resolved and "seed: 7" in resolved and "batch_size: 32" in resolved
 
 
-def test_config_takes_variables_of_the_environment(tmp_path, monkeypatch):
+def test_cli_config_takes_variables_of_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "a.yaml"
     file.write_text("seed: ${env:MY_SEED}\n\nstudy: s_${env:MY_STUDY}\n")
     monkeypatch.setenv("MY_SEED", "11")
@@ -137,7 +137,7 @@ def test_config_takes_variables_of_the_environment(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, value", [("MY_TOKEN", "x"), ("MY_STUDY", "hf_" + "a" * 34), ("MY_STUDY", "the secret!")]
 )
-def test_config_records_no_secret_of_the_environment(name, value, tmp_path, monkeypatch):
+def test_cli_config_records_no_secret_of_the_environment(name, value, tmp_path, monkeypatch):
     monkeypatch.setenv("OTHER_SECRET", "the secret!")
     monkeypatch.setenv(name, value)
     (tmp_path / "a.yaml").write_text(f"study: ${{env:{name}}}\n")
@@ -165,7 +165,7 @@ TINY += ["train.batch_size=4", "eval.probe_images=2", "metrics=[{name: kid}]"]
 
 
 @pytest.mark.parametrize("name", ["sp ace dir", "cats(1)"])
-def test_data_of_any_folder_name_is_trained_and_evaluated(name, inside, tmp_path, capsys):
+def test_cli_data_of_any_folder_name_is_trained_and_evaluated(name, inside, tmp_path, capsys):
     pictures(tmp_path / "data" / name)
     os.environ["MINSNR_DATA"] = str(tmp_path / "data")
     try:
@@ -181,7 +181,7 @@ def test_data_of_any_folder_name_is_trained_and_evaluated(name, inside, tmp_path
     )
 
 
-def test_data_elsewhere_is_answered_with_the_command_that_works(inside, tmp_path, capsys):
+def test_cli_data_elsewhere_is_answered_with_the_command_that_works(inside, tmp_path, capsys):
     folder = pictures(tmp_path / "far" / "cats")
     done = typed(capsys, "train", *TINY, f"data.path={folder}", "--run-root", tmp_path / "runs")
     assert done.returncode == 2 and not (tmp_path / "runs").exists()
@@ -191,7 +191,7 @@ def test_data_elsewhere_is_answered_with_the_command_that_works(inside, tmp_path
     assert again.returncode == 0, (command, again.stderr)
 
 
-def test_data_left_out_is_counted_once(inside, tmp_path):
+def test_cli_data_left_out_is_counted_once(inside, tmp_path):
     folder = pictures(tmp_path / "data" / "phone")
     (folder / "a" / "1.HEIC").write_bytes(b"x")
     (folder / "b" / "2.heic").write_bytes(b"x")
@@ -202,7 +202,7 @@ def test_data_left_out_is_counted_once(inside, tmp_path):
     assert done.stderr.count("left out 2 .heic") == 1, done.stderr
 
 
-def test_data_that_cannot_be_read_at_all_says_why(tmp_path):
+def test_cli_data_that_cannot_be_read_at_all_says_why(tmp_path):
     from minsnr_nb.images.files import list_images
 
     with zipfile.ZipFile(tmp_path / "phone.zip", "w") as z:
@@ -296,7 +296,7 @@ def papermill(out: Path, *words, **more) -> list[str]:
 
 
 @pytest.mark.parametrize("before", [None, "an older notebook"])
-def test_papermill_leaves_nothing_of_a_refused_value(before, tmp_path):
+def test_cli_papermill_leaves_nothing_of_a_refused_value(before, tmp_path):
     out = tmp_path / "out.ipynb"
     if before:
         out.write_text(before)
@@ -308,7 +308,7 @@ def test_papermill_leaves_nothing_of_a_refused_value(before, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_papermill_interrupted_is_one_line(tmp_path):
+def test_cli_papermill_interrupted_is_one_line(tmp_path):
     env = environment(MINSNR_RUNS=str(tmp_path / "runs"))
     options = {"cwd": ROOT, "env": env, "stderr": subprocess.PIPE, "text": True}
     child = subprocess.Popen(
@@ -327,7 +327,7 @@ def test_papermill_interrupted_is_one_line(tmp_path):
     assert "constant: step" in said, "the bar says which arm is trained"
 
 
-def test_papermill_bar_says_arm_step_and_time_left(inside, tmp_path):
+def test_cli_papermill_bar_says_arm_step_and_time_left(inside, tmp_path):
     import papermill  # noqa: F401  it imports the engine
 
     from minsnr_nb.pm_engine import Pace
@@ -349,7 +349,7 @@ def test_papermill_bar_says_arm_step_and_time_left(inside, tmp_path):
 # --- one point ------------------------------------------------------------------------------------
 
 
-def test_show_draws_a_single_point():
+def test_cli_show_draws_a_single_point():
     from minsnr_nb.show import curves
 
     axes = curves([3.0], {"a": [1.0], "b": [2.0]}, "x", "y").axes[0]
@@ -358,11 +358,11 @@ def test_show_draws_a_single_point():
     assert [line.get_marker() for line in axes.lines] == ["None", "o"]
 
 
-def test_smoke_config_is_part_of_the_package():
+def test_cli_smoke_config_is_part_of_the_package():
     assert (ROOT / "configs/smoke.yaml").samefile(ROOT / "minsnr_nb/smoke.yaml")
 
 
-def test_core_needs_nothing_of_the_laboratory(tmp_path):
+def test_cli_core_needs_nothing_of_the_laboratory(tmp_path):
     "What the wheel installs without `[lab]` trains, lists and checks"
     lab_only = ["matplotlib", "pandas", "papermill", "click", "nbformat", "ipywidgets", "nbdev"]
     code = f"import sys; sys.modules |= dict.fromkeys({lab_only})\n"

@@ -147,7 +147,7 @@ def test_completion_asks_nothing_of_a_forks_parents_steps(whole, tmp_path):
     assert not (child.grids / "step_000000003.png").exists()
 
 
-def test_resume_of_a_completed_run_that_is_not_sound_fails(whole, tmp_path):
+def test_completion_resume_of_a_completed_run_that_is_not_sound_fails(whole, tmp_path):
     run = open_run(shutil.copytree(whole.path, tmp_path / "harness" / whole.id))
     unseal(run)
     _without("artifacts/grids/step_000000008.png")(run)

@@ -43,7 +43,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("override", WRONG)
-def test_ct01_wrong_settings_leave_nothing(override, config, tmp_path, capsys):
+def test_contracts_ct01_wrong_settings_leave_nothing(override, config, tmp_path, capsys):
     root = tmp_path / "runs"
     more = ["objective.prediction=eps"] if "zero_terminal" in override else []
     done = typed(capsys, "train", config, override, *more, "--run-root", root)
@@ -52,7 +52,7 @@ def test_ct01_wrong_settings_leave_nothing(override, config, tmp_path, capsys):
     assert all(part in line for part in WRONG[override]), line
 
 
-def test_ct01_duplicate_key_and_missing_file(tmp_path, capsys):
+def test_contracts_ct01_duplicate_key_and_missing_file(tmp_path, capsys):
     twice = tmp_path / "twice.yaml"
     twice.write_text("seed: 1\nseed: 2\n")
     for path, part in (
@@ -68,14 +68,14 @@ def test_ct01_duplicate_key_and_missing_file(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_ct01_unusable_run_root(config, tmp_path):
+def test_contracts_ct01_unusable_run_root(config, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     done = minsnr("train", config, "--run-root", file)
     assert done.returncode == 2 and "run_root" in done.stderr and file.read_text() == "mine"
 
 
-def test_ct02_smoke_creates_every_entry(config, tmp_path):
+def test_contracts_ct02_smoke_creates_every_entry(config, tmp_path):
     done = minsnr("train", config, "train.steps=2", "--run-root", tmp_path)
     run = run_dir(done.stdout)
     for entry in (
@@ -89,7 +89,7 @@ def test_ct02_smoke_creates_every_entry(config, tmp_path):
     assert (run / "config_resolved.yaml").read_bytes() == resolved
 
 
-def test_ct03_provenance(finished):
+def test_contracts_ct03_provenance(finished):
     about = json.loads((finished / "meta/provenance.json").read_text())
     assert about["run_id"] == finished.name and about["layout_version"] == 1
     datetime.strptime(about["created_at_utc"][:19] + "Z", "%Y-%m-%dT%H:%M:%SZ")
@@ -106,12 +106,12 @@ def test_ct03_provenance(finished):
         )
 
 
-def test_ct04_same_config_same_bits(config, finished, tmp_path):
+def test_contracts_ct04_same_config_same_bits(config, finished, tmp_path):
     again = run_dir(minsnr("train", config, "--run-root", tmp_path).stdout)
     assert digests(again) == digests(finished) and log_lines(again) == log_lines(finished)
 
 
-def test_ct05_resume_equals_uninterrupted(config, finished, tmp_path):
+def test_contracts_ct05_resume_equals_uninterrupted(config, finished, tmp_path):
     "A run whose process ended after step 3 goes on from ckpts/last and ends in the same bits"
     run = run_dir(minsnr("train", config, "--run-root", tmp_path).stdout)
     lines = (run / "logs/metrics.jsonl").read_text().splitlines(keepends=True)
@@ -132,12 +132,12 @@ def test_ct05_resume_equals_uninterrupted(config, finished, tmp_path):
     assert second["resumed_from"]["step"] == manifests[earlier]["step"]
 
 
-def test_resume_with_another_config_is_refused(config, finished, capsys):
+def test_contracts_resume_with_another_config_is_refused(config, finished, capsys):
     done = typed(capsys, "train", config, "optim.lr=0.01", "--resume", finished)
     assert done.returncode == 2 and "optim.lr: 0.001 then, 0.01 now" in done.stderr
 
 
-def test_both_contracts_hold_and_notice_damage(finished, tmp_path, capsys):
+def test_contracts_both_contracts_hold_and_notice_damage(finished, tmp_path, capsys):
     good = typed(capsys, "check", finished)
     assert good.returncode == 0 and good.stdout.count("ok") == 2, good.stdout
     moved = tmp_path / "elsewhere" / finished.parent.name / finished.name
@@ -150,7 +150,7 @@ def test_both_contracts_hold_and_notice_damage(finished, tmp_path, capsys):
     assert bad.returncode == 1 and "BROKEN" in bad.stdout and "config_resolved.yaml" in bad.stdout
 
 
-def test_nonfinite_loss_fails_the_run_and_names_the_images(config, tmp_path, capsys):
+def test_contracts_nonfinite_loss_fails_the_run_and_names_the_images(config, tmp_path, capsys):
     "A learning rate that no network survives"
     done = typed(
         capsys,

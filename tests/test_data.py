@@ -58,14 +58,14 @@ PLAIN = {f"{c}/{i}.png": picture() for c in "ab" for i in range(10)}
 
 
 @pytest.mark.parametrize("n, batch", [(10, 7), (10, 10), (3, 8), (1, 5), (97, 32)])
-def test_each_image_once_per_epoch_for_any_batch_size(n, batch):
+def test_data_each_image_once_per_epoch_for_any_batch_size(n, batch):
     rng, steps = stream(3, "order"), -(-5 * n // batch)
     seen = torch.cat([order(n, batch * s, batch, rng) for s in range(steps)])[: 5 * n].view(5, n)
     assert (seen.sort(1).values == torch.arange(n)).all()
     assert torch.equal(seen.flatten(), order(n, 0, 5 * n, rng))
 
 
-def test_callers_cannot_change_the_kept_permutation():
+def test_data_callers_cannot_change_the_kept_permutation():
     rng = stream(0, "order")
     first = order(20, 0, 20, rng)
     before = first.clone()
@@ -76,7 +76,7 @@ def test_callers_cannot_change_the_kept_permutation():
 # Bad images and archives --------------------------------------------------------------------------
 
 
-def test_one_line_for_every_damaged_member(tmp_path):
+def test_data_one_line_for_every_damaged_member(tmp_path):
     whole = make_zip(tmp_path / "z.zip", PLAIN, zipfile.ZIP_STORED)
     with zipfile.ZipFile(whole) as z:
         at = z.getinfo("b/3.png").header_offset + 70
@@ -89,7 +89,7 @@ def test_one_line_for_every_damaged_member(tmp_path):
         assert "\n" not in str(e.value)
 
 
-def test_a_cut_off_zip_is_no_zip(tmp_path):
+def test_data_a_cut_off_zip_is_no_zip(tmp_path):
     whole = make_zip(tmp_path / "z.zip", PLAIN)
     whole.write_bytes(whole.read_bytes()[:-40])
     with pytest.raises(ConfigError, match="neither a directory nor a zip"):
@@ -97,7 +97,7 @@ def test_a_cut_off_zip_is_no_zip(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"])
-def test_damage_anywhere_is_an_error_or_an_image_but_never_another_exception(kind):
+def test_data_damage_anywhere_is_an_error_or_an_image_but_never_another_exception(kind):
     data = picture((24, 24, 3), kind)
     for cut in range(0, len(data), max(1, len(data) // 60)):
         try:
@@ -134,7 +134,9 @@ def refused(path: Path, match: str) -> int:
         tracemalloc.stop()
 
 
-def test_a_zip_that_grows_beyond_measure_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+def test_data_a_zip_that_grows_beyond_measure_is_refused_before_it_is_unpacked(
+    tmp_path, monkeypatch
+):
     zeros = {"a/0.png": bytes(32 << 20)}
     bomb = make_zip(tmp_path / "bz2.zip", zeros, zipfile.ZIP_BZIP2)
     assert refused(bomb, r"a/0\.png in .* 33554432 bytes, packed in \d+; at most") < 2 << 20
@@ -150,7 +152,7 @@ def test_a_zip_that_grows_beyond_measure_is_refused_before_it_is_unpacked(tmp_pa
     refused(make_zip(tmp_path / "large.zip", zeros), "33554432 bytes, packed in")
 
 
-def test_a_zip_that_lies_about_its_sizes_is_not_unpacked_further_than_it_says(tmp_path):
+def test_data_a_zip_that_lies_about_its_sizes_is_not_unpacked_further_than_it_says(tmp_path):
     files = {"a/0.png": picture() + bytes(32 << 20), "b/0.png": picture()}
     for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED):
         lying = declare(make_zip(tmp_path / "lying.zip", files, method), 100)
@@ -158,13 +160,13 @@ def test_a_zip_that_lies_about_its_sizes_is_not_unpacked_further_than_it_says(tm
 
 
 @pytest.mark.parametrize("side", [9500, 20_000])  # Pillow would warn of the first
-def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(side, tmp_path, recwarn):
+def test_data_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(side, tmp_path, recwarn):
     bomb = make_zip(tmp_path / "z.zip", {"a/0.png": blank(side, side), "b/0.png": picture()})
     assert refused(bomb, r"cannot read image a/0\.png: .*pixels") < 4 << 20
     assert not recwarn.list
 
 
-def test_modes_and_orientation():
+def test_data_modes_and_orientation():
     for shape, kind, mode, channels in (
         ((6, 4), "PNG", "L", 1),
         ((6, 4), "PNG", "1", 1),
@@ -182,7 +184,7 @@ def test_modes_and_orientation():
     assert read_image(picture((6, 4, 3), "JPEG", exif=exif), "turned").shape == (3, 4, 6)
 
 
-def test_grey_and_colour_mix_follows_the_first_image_in_both_splits(tmp_path):
+def test_data_grey_and_colour_mix_follows_the_first_image_in_both_splits(tmp_path):
     grey = {f"a/{i}.png": picture((8, 8)) for i in range(5)}
     mixed = make_zip(tmp_path / "m.zip", grey | {f"b/{i}.png": picture() for i in range(5)})
     for split in ("train", "test"):
@@ -190,7 +192,7 @@ def test_grey_and_colour_mix_follows_the_first_image_in_both_splits(tmp_path):
         assert load(mixed, split, test_share=0.4, channels=3).shape == (3, 8, 8)
 
 
-def test_an_unreadable_folder_and_a_file_that_is_no_zip(tmp_path):
+def test_data_an_unreadable_folder_and_a_file_that_is_no_zip(tmp_path):
     (tmp_path / "notes.txt").write_text("no zip")
     with pytest.raises(ConfigError, match="neither a directory nor a zip"):
         load(tmp_path / "notes.txt")
@@ -202,7 +204,7 @@ def test_an_unreadable_folder_and_a_file_that_is_no_zip(tmp_path):
         load(make_zip(tmp_path / "one.zip", {"a/1.png": picture()}), "train")
 
 
-def test_nothing_of_the_users_is_touched(tmp_path):
+def test_data_nothing_of_the_users_is_touched(tmp_path):
     folder = tmp_path / "mine"
     zipfile.ZipFile(make_zip(tmp_path / "z.zip", PLAIN)).extractall(folder)
     (folder / "a" / "broken.png").write_bytes(b"broken")
@@ -219,7 +221,7 @@ def test_nothing_of_the_users_is_touched(tmp_path):
 # Paths and the cache ------------------------------------------------------------------------------
 
 
-def test_a_relative_path_means_the_callers_directory_first(tmp_path, monkeypatch):
+def test_data_a_relative_path_means_the_callers_directory_first(tmp_path, monkeypatch):
     for place in ("cwd", "root"):
         (tmp_path / place).mkdir()
         make_zip(tmp_path / place / "z.zip", {})
@@ -231,7 +233,7 @@ def test_a_relative_path_means_the_callers_directory_first(tmp_path, monkeypatch
         find("", tmp_path / "root")
 
 
-def test_a_config_names_no_place_on_this_machine(tmp_path, capsys, monkeypatch):
+def test_data_a_config_names_no_place_on_this_machine(tmp_path, capsys, monkeypatch):
     make_zip(tmp_path / "z.zip", PLAIN)
     runs, words = tmp_path / "runs", ["train.steps=1", "eval.samples=10"]
     command = ["train", ROOT / "configs/smoke.yaml", *words, "--run-root", runs]
@@ -249,7 +251,7 @@ def test_a_config_names_no_place_on_this_machine(tmp_path, capsys, monkeypatch):
     assert typed(capsys, "check", run_dir(done.stdout), "--level", "L3").returncode == 0
 
 
-def test_a_changed_image_is_decoded_again(tmp_path, monkeypatch):
+def test_data_a_changed_image_is_decoded_again(tmp_path, monkeypatch):
     monkeypatch.setattr("minsnr_nb.images.files.CACHE_FROM", 1)
     folder = tmp_path / "mine"
     zipfile.ZipFile(make_zip(tmp_path / "z.zip", PLAIN)).extractall(folder)
@@ -262,7 +264,7 @@ def test_a_changed_image_is_decoded_again(tmp_path, monkeypatch):
     assert len(list((cache_dir() / "images").iterdir())) == 2
 
 
-def test_a_cache_that_is_a_file_does_not_stop_a_run(monkeypatch, tmp_path):
+def test_data_a_cache_that_is_a_file_does_not_stop_a_run(monkeypatch, tmp_path):
     monkeypatch.setattr("minsnr_nb.images.files.CACHE_FROM", 1)
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("MINSNR_CACHE", str(tmp_path / "taken"))
@@ -285,7 +287,7 @@ def fake_fashion_mnist(root: Path) -> None:
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.arange(n, dtype=np.uint8) % 10))
 
 
-def test_fashion_mnist_is_downloaded_once_and_appears_whole(tmp_path, monkeypatch):
+def test_data_fashion_mnist_is_downloaded_once_and_appears_whole(tmp_path, monkeypatch):
     calls = []
 
     def download(self):
@@ -300,7 +302,7 @@ def test_fashion_mnist_is_downloaded_once_and_appears_whole(tmp_path, monkeypatc
     assert train.classes[9] == "Ankle boot" and train.labels.tolist()[:3] == [0, 1, 2]
 
 
-def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
+def test_data_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
     def download(self):
         Path(self.root, "half.tar.gz").write_bytes(b"half")
         raise RuntimeError("Error downloading")
@@ -316,7 +318,7 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["mine.txt"]
 
 
-def test_cifar10_keeps_the_channels_apart(tmp_path, monkeypatch):
+def test_data_cifar10_keeps_the_channels_apart(tmp_path, monkeypatch):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     rows = RNG.integers(0, 256, (6, 3072), dtype=np.uint8)

@@ -57,7 +57,7 @@ def fresh(tmp_path):
 
 
 @pytest.mark.parametrize("fault", [fails_with(errno.EIO), half_then_fails], ids=["EIO", "ENOSPC"])
-def test_replace_leaves_old_or_new_and_no_temporary(fault, fresh, monkeypatch):
+def test_durable_replace_leaves_old_or_new_and_no_temporary(fault, fresh, monkeypatch):
     def check(folder, error, call):
         assert (folder / "f.json").read_text() in ("old", "new content")
         # only a failing unlink may leave the temporary, and then the file itself is in place
@@ -72,7 +72,7 @@ def test_replace_leaves_old_or_new_and_no_temporary(fault, fresh, monkeypatch):
     assert n >= 6  # open write fsync rename unlink open(dir) fsync(dir)
 
 
-def test_publish_shows_all_or_nothing(fresh, monkeypatch):
+def test_durable_publish_shows_all_or_nothing(fresh, monkeypatch):
     def prepare(at):
         folder = fresh(at)
         (folder / ".new" / "sub").mkdir(parents=True)
@@ -91,7 +91,7 @@ def test_publish_shows_all_or_nothing(fresh, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["file", "empty", "filled", "link"])
-def test_publish_refuses_an_existing_target(tmp_path, kind):
+def test_durable_publish_refuses_an_existing_target(tmp_path, kind):
     staging, final = tmp_path / ".new", tmp_path / "run"
     make_dir(staging)
     create(staging / "a", b"1")
@@ -108,7 +108,7 @@ def test_publish_refuses_an_existing_target(tmp_path, kind):
     assert e.value.errno == errno.EEXIST and staging.exists() and not (final / "a").exists()
 
 
-def test_claim_has_one_winner(tmp_path):
+def test_durable_claim_has_one_winner(tmp_path):
     code = (
         "import sys; from minsnr_nb.durable import claim; sys.stdin.readline();"
         "print(claim(sys.argv[1], sys.argv[2]), flush=True)"
@@ -132,7 +132,7 @@ def test_claim_has_one_winner(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
+def test_durable_a_line_that_does_not_fit_is_taken_back(tmp_path):
     "A real short write: the file may hold 100 bytes, the second line needs 120"
     log = tmp_path / "m.jsonl"
     code = f"""
@@ -151,7 +151,7 @@ a.line("z"); a.close(); a.close()
     assert log.read_text() == "x" * 59 + "\nz\n"
 
 
-def test_killed_writers_leave_whole_lines(tmp_path):
+def test_durable_killed_writers_leave_whole_lines(tmp_path):
     "kill -9 in the middle of appending: every line but the last parses, and the cut keeps the rest"
     log = tmp_path / "m.jsonl"
     code = (
@@ -168,7 +168,7 @@ def test_killed_writers_leave_whole_lines(tmp_path):
     assert len(lines) >= 50 and [int(x) for x in lines] == list(range(len(lines)))
 
 
-def test_whole_lines_and_cut(tmp_path):
+def test_durable_whole_lines_and_cut(tmp_path):
     log, kept = tmp_path / "m.jsonl", tmp_path / "discarded" / "attempt_0002.jsonl"
     for content, size in [("", 0), ("a", 0), ("a\n", 2), ("a\nb", 2), ("a\n" + "b" * 200_000, 2)]:
         log.write_text(content)
@@ -185,7 +185,7 @@ def test_whole_lines_and_cut(tmp_path):
         cut(log, 99, kept)
 
 
-def test_make_dir_reports_what_it_made_and_what_is_in_the_way(tmp_path):
+def test_durable_make_dir_reports_what_it_made_and_what_is_in_the_way(tmp_path):
     assert make_dir(tmp_path / "a" / "b") == [tmp_path / "a", tmp_path / "a" / "b"]
     assert make_dir(tmp_path / "a" / "b") == []
     (tmp_path / "file").touch()
@@ -193,7 +193,7 @@ def test_make_dir_reports_what_it_made_and_what_is_in_the_way(tmp_path):
         make_dir(tmp_path / "file" / "x")
 
 
-def test_create_takes_buffers_and_never_overwrites(tmp_path):
+def test_durable_create_takes_buffers_and_never_overwrites(tmp_path):
     import numpy as np
 
     a = np.arange(6, dtype="<f4").reshape(2, 3)
@@ -206,7 +206,7 @@ def test_create_takes_buffers_and_never_overwrites(tmp_path):
     assert sha256(tmp_path / "w") == digest
 
 
-def test_remove_hides_a_tree_before_deleting_it(tmp_path, monkeypatch):
+def test_durable_remove_hides_a_tree_before_deleting_it(tmp_path, monkeypatch):
     tree = tmp_path / "step_000000001"
     make_dir(tree / "sub")
     create(tree / "sub" / "f", b"1")
@@ -226,7 +226,7 @@ def test_remove_hides_a_tree_before_deleting_it(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["outside"]
 
 
-def test_the_next_one_comes_in_when_the_holder_dies(tmp_path):
+def test_durable_the_next_one_comes_in_when_the_holder_dies(tmp_path):
     "A second process waits, is told after a while, and goes on after a kill"
     code = "import sys, time; from minsnr_nb.durable import alone\n"
     code += "with alone(sys.argv[1]): print('in', flush=True); time.sleep(60)"

@@ -18,7 +18,7 @@ def minsnr(place, *words):
     return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=200)
 
 
-def test_names_are_recorded_and_values_stay(tmp_path):
+def test_env_names_are_recorded_and_values_stay(tmp_path):
     (tmp_path / "settings.ini").write_text("[minsnr]\n")
     (tmp_path / ".env").write_text(
         f"MINSNR_VAR_THING={VALUE}\n# MINSNR_VAR_OTHER=1\nexport MINSNR_VAR_TWO='x y'\n"
@@ -37,7 +37,7 @@ def test_names_are_recorded_and_values_stay(tmp_path):
     assert VALUE not in done.stderr and not list((tmp_path / "again").glob("*"))
 
 
-def test_the_library_does_not_read_it(tmp_path):
+def test_env_the_library_does_not_read_it(tmp_path):
     (tmp_path / ".env").write_text(f"MINSNR_VAR_THING={VALUE}\n")
     (tmp_path / "settings.ini").write_text("[minsnr]\n")
     code = "import os, minsnr_nb.all; print(os.environ.get('MINSNR_VAR_THING'))"

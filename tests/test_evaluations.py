@@ -176,7 +176,7 @@ def models(tmp_path, monkeypatch) -> Path:
     return tmp_path / "models"
 
 
-def test_compare_shows_the_evaluation_that_is_named(run, tmp_path, capsys):
+def test_evaluations_compare_shows_the_evaluation_that_is_named(run, tmp_path, capsys):
     eval_run(run.path, overrides=("eval.probe_images=8",))
     other = next(r for r in list_evaluations(run.evaluations) if not is_own(r, run.config()))
     pair = [run.path, shutil.copytree(run.path, tmp_path / "p" / run.id)]
@@ -193,7 +193,7 @@ def test_compare_shows_the_evaluation_that_is_named(run, tmp_path, capsys):
     assert "0 of these runs" in typed(capsys, "compare", *pair, "--evaluation", "ffff").stderr
 
 
-def test_promote_reads_the_own_evaluation_or_the_one_that_is_named(run, models, capsys):
+def test_evaluations_promote_reads_the_own_evaluation_or_the_one_that_is_named(run, models, capsys):
     eval_run(run.path, overrides=("sampler.steps=2",))
     other = list_evaluations(run.evaluations)[-1]
     own = promote_run(run.path, "own").card
@@ -208,7 +208,7 @@ def test_promote_reads_the_own_evaluation_or_the_one_that_is_named(run, models, 
     assert done.returncode == 2 and not (models / "none").exists()
 
 
-def test_eval_of_a_model_records_model_and_version(run, models, capsys):
+def test_evaluations_eval_of_a_model_records_model_and_version(run, models, capsys):
     promote_run(run.path, "m")
     promote_run(run.path, "m")
     done = typed(capsys, "eval", "local://m@1", "sampler.steps=2")
@@ -219,7 +219,7 @@ def test_eval_of_a_model_records_model_and_version(run, models, capsys):
     assert not (models / "m/2/evaluations").exists()
 
 
-def test_start_begins_with_a_models_weights_and_records_it(run, models, tmp_path):
+def test_evaluations_start_begins_with_a_models_weights_and_records_it(run, models, tmp_path):
     card = promote_run(run.path, "m").card
     weights, seen = load_tensors((models / "m/1/model.safetensors").read_bytes()), []
     begun = runner.make_loop
@@ -268,7 +268,7 @@ def networks(loop) -> tuple:
         ),
     ],
 )
-def test_start_and_metrics_that_cannot_be_are_one_line_and_no_run(
+def test_evaluations_start_and_metrics_that_cannot_be_are_one_line_and_no_run(
     run, models, tmp_path, capsys, words, says, request
 ):
     @METRICS.register("echo")
@@ -285,7 +285,7 @@ def test_start_and_metrics_that_cannot_be_are_one_line_and_no_run(
     assert not (tmp_path / "none").exists()
 
 
-def test_start_without_a_checkpoint_begins_again_with_the_same_model_only(
+def test_evaluations_start_without_a_checkpoint_begins_again_with_the_same_model_only(
     run, models, tmp_path, monkeypatch
 ):
     promote_run(run.path, "m")
@@ -325,7 +325,9 @@ def own_callback():
         CALLBACKS.remove(name)
 
 
-def test_callback_that_raises_is_named_in_the_error_and_in_the_status(tmp_path, own_callback):
+def test_evaluations_callback_that_raises_is_named_in_the_error_and_in_the_status(
+    tmp_path, own_callback
+):
     class Careless(Callback):
         "Divide by zero"
 
@@ -349,7 +351,7 @@ def test_callback_that_raises_is_named_in_the_error_and_in_the_status(tmp_path, 
     assert printed.count("on the way") == 3 and "ZeroDivisionError" in printed
 
 
-def test_callback_that_refuses_is_named_in_its_line(tmp_path, own_callback):
+def test_evaluations_callback_that_refuses_is_named_in_its_line(tmp_path, own_callback):
     class Strict(Callback):
         "Refuse to go on"
 
@@ -362,7 +364,7 @@ def test_callback_that_refuses_is_named_in_its_line(tmp_path, own_callback):
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_callbacks_that_write_one_name_are_both_named(tmp_path, own_callback, direct):
+def test_evaluations_callbacks_that_write_one_name_are_both_named(tmp_path, own_callback, direct):
     class Other(Callback):
         "Write a name of Timing's"
 
@@ -378,7 +380,7 @@ def test_callbacks_that_write_one_name_are_both_named(tmp_path, own_callback, di
     assert "Timing" in str(e.value) and "Other" in str(e.value)
 
 
-def test_stdout_of_the_command_is_in_the_run(tmp_path):
+def test_evaluations_stdout_of_the_command_is_in_the_run(tmp_path):
     (tmp_path / "c.yaml").write_text(SMALL)
     done = minsnr("train", tmp_path / "c.yaml", "--run-root", tmp_path / "r")
     run = run_dir(done.stdout)

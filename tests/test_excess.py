@@ -25,7 +25,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("source", SOURCES)
-def test_the_exact_denoiser_has_no_excess_at_any_level(name, source):
+def test_excess_the_exact_denoiser_has_no_excess_at_any_level(name, source):
     schedule, every = LEVELS[name], torch.arange(40)
     for prediction in PREDICTIONS:
         best = exact_model(SOURCES[source], schedule, prediction)
@@ -36,7 +36,7 @@ def test_the_exact_denoiser_has_no_excess_at_any_level(name, source):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_the_measured_floor_is_the_minimum_loss(source):
+def test_excess_the_measured_floor_is_the_minimum_loss(source):
     schedule, every = LEVELS["cosine"], torch.arange(40)
     floor = min_loss(SOURCES[source], schedule, "v", stream(2, "floor"), draws=4000)
     best = exact_model(SOURCES[source], schedule, "v")
@@ -48,7 +48,7 @@ def test_the_measured_floor_is_the_minimum_loss(source):
 
 
 @pytest.mark.parametrize("source", ["mixture", "empirical"])
-def test_a_drawn_floor_states_its_error(source):
+def test_excess_a_drawn_floor_states_its_error(source):
     "Twenty independent floors scatter as much as each says; and an exact floor says 0"
     schedule = LEVELS["linear"]
     floors = [
@@ -64,7 +64,7 @@ def test_a_drawn_floor_states_its_error(source):
     assert torch.equal(one.minus(grand).se, (one.se**2 + grand.se**2).sqrt())
 
 
-def test_data_are_distinguished_up_to_any_snr():
+def test_excess_data_are_distinguished_up_to_any_snr():
     "At SNR 1e12 the probability is on one image, and logits neither overflow nor round it away"
     images = torch.linspace(-1, 1, 200).double().view(200, 1)
     sharp = LEVELS["linear"].__class__("sharp", torch.tensor([1.0, 0.5]), torch.tensor([1e12, 1.0]))
@@ -72,7 +72,7 @@ def test_data_are_distinguished_up_to_any_snr():
     torch.testing.assert_close(guess, images, rtol=0, atol=1e-12)
 
 
-def test_shares_of_a_gaussian():
+def test_excess_shares_of_a_gaussian():
     schedule = linear(1000)
     floor = min_loss(Gaussian(torch.zeros(1), 0.5), schedule, "eps")
     wanted = {
@@ -88,7 +88,7 @@ def test_shares_of_a_gaussian():
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_redrawing_keeps_what_is_optimised(weighting):
+def test_excess_redrawing_keeps_what_is_optimised(weighting):
     schedule = LEVELS["linear"]
     objective = make_objective(schedule, "v", weighting)
     size = torch.linspace(1, 3, 40).double()

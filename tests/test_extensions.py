@@ -162,7 +162,7 @@ def hash_of(run: Path) -> str:
 
 
 @pytest.mark.parametrize("which", ["celled", "filed"])
-def test_own_code_survives_a_new_process_and_a_move(which, request, tmp_path, capsys):
+def test_extensions_own_code_survives_a_new_process_and_a_move(which, request, tmp_path, capsys):
     run = moved(request.getfixturevalue(which), tmp_path)
     assert [c.message for c in check_run(run) if not c.ok] == []
     done = typed(capsys, "resume", run, "--trust-code", hash_of(run))
@@ -189,7 +189,7 @@ def test_own_code_survives_a_new_process_and_a_move(which, request, tmp_path, ca
     assert [c.message for c in check_run(run) if not c.ok] == []
 
 
-def test_a_killed_run_ends_with_the_same_bytes(celled, tmp_path, capsys):
+def test_extensions_a_killed_run_ends_with_the_same_bytes(celled, tmp_path, capsys):
     run = moved(celled, tmp_path)
     want = digests(run)
     newest = json.loads((run / "ckpts/last/CURRENT.json").read_text())["dir"]
@@ -201,7 +201,7 @@ def test_a_killed_run_ends_with_the_same_bytes(celled, tmp_path, capsys):
     assert digests(run) == want and len(list((run / "meta/attempts").iterdir())) == 2
 
 
-def test_another_clone_repeats_it_bit_by_bit(celled, tmp_path):
+def test_extensions_another_clone_repeats_it_bit_by_bit(celled, tmp_path):
     "In a clone of another user, who trusts nothing yet"
     run, clone = moved(celled, tmp_path), tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", "--shared", ROOT, clone], check=True)
@@ -214,7 +214,7 @@ def test_another_clone_repeats_it_bit_by_bit(celled, tmp_path):
     assert done.returncode == 0 and "identical to step 12" in done.stdout, done.stderr
 
 
-def test_the_record_of_own_code(filed, celled):
+def test_extensions_the_record_of_own_code(filed, celled):
     for run, name, origin in ((filed, "my_loss.py", "file"), (celled, "cells.py", "cell")):
         (facts,) = open_run(run).provenance()["extensions"]
         assert (facts["name"], facts["origin"]) == (name, origin)
@@ -226,13 +226,13 @@ def test_the_record_of_own_code(filed, celled):
     assert "unrelated" not in (celled / "meta/extensions/cells.py").read_text()
 
 
-def test_a_config_without_own_code_has_the_hash_it_always_had():
+def test_extensions_a_config_without_own_code_has_the_hash_it_always_had():
     cfg = lab.load({}).cfg
     assert "extensions" not in dump(cfg)
     assert len(config_sha256(cfg)) == 64
 
 
-def test_an_absolute_path_becomes_content(tmp_path, capsys):
+def test_extensions_an_absolute_path_becomes_content(tmp_path, capsys):
     (tmp_path / "far").mkdir()
     (tmp_path / "far/my_loss.py").write_text(OWN)
     (tmp_path / "named.yaml").write_text(NAMED)
@@ -244,7 +244,7 @@ def test_an_absolute_path_becomes_content(tmp_path, capsys):
     assert str(tmp_path) not in (run / "config.yaml").read_text()
 
 
-def test_a_resume_with_a_config_wants_the_same_code(tmp_path, capsys):
+def test_extensions_a_resume_with_a_config_wants_the_same_code(tmp_path, capsys):
     config, own = tmp_path / "named.yaml", tmp_path / "my_loss.py"
     own.write_text(OWN)
     config.write_text(f"extensions: [my_loss.py]\n{NAMED}")
@@ -257,7 +257,7 @@ def test_a_resume_with_a_config_wants_the_same_code(tmp_path, capsys):
     assert typed(capsys, "train", config, "--resume", run).returncode == 0
 
 
-def test_two_files_of_one_name_do_not_mix(tmp_path):
+def test_extensions_two_files_of_one_name_do_not_mix(tmp_path):
     sources = {}
     for power in (1, 2):
         folder = tmp_path / str(power)
@@ -293,7 +293,9 @@ def test_two_files_of_one_name_do_not_mix(tmp_path):
         ),
     ],
 )
-def test_a_file_that_cannot_be_used_is_one_line(text, says, tmp_path, capsys, monkeypatch):
+def test_extensions_a_file_that_cannot_be_used_is_one_line(
+    text, says, tmp_path, capsys, monkeypatch
+):
     (tmp_path / "own.py").write_text(text)
     (tmp_path / "beside.py").write_text("x = 1\n")
     (tmp_path / "c.yaml").write_text(f"extensions: [own.py]\n{SMALL}")
@@ -303,7 +305,7 @@ def test_a_file_that_cannot_be_used_is_one_line(text, says, tmp_path, capsys, mo
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_file_is_found_or_its_places_are_named(tmp_path, capsys):
+def test_extensions_a_file_is_found_or_its_places_are_named(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(f"extensions: [own.py]\n{SMALL}")
     done = typed(capsys, "train", tmp_path / "c.yaml", "--run-root", tmp_path / "runs")
     assert done.returncode == 2 and "extensions: no file 'own.py'" in done.stderr
@@ -345,7 +347,9 @@ def notebook():
         ({}, "snr * gone", "uses 'gone', which is not defined"),
     ],
 )
-def test_a_cell_that_cannot_stand_alone_is_refused(given, body, says, notebook, tmp_path):
+def test_extensions_a_cell_that_cannot_stand_alone_is_refused(
+    given, body, says, notebook, tmp_path
+):
     from minsnr_nb.api import train_run
 
     run_cell(HEAD + WEIGHT.format(body), notebook | given)
@@ -372,26 +376,26 @@ def test_a_cell_that_cannot_stand_alone_is_refused(given, body, says, notebook, 
         ),
     ],
 )
-def test_a_definition_without_source_is_refused(cell, says, notebook):
+def test_extensions_a_definition_without_source_is_refused(cell, says, notebook):
     run_cell(HEAD + cell, notebook)
     with pytest.raises(ConfigError, match=says):
         lab.for_training(lab.load({"loss": {"name": "caught"}}))
 
 
-def test_a_definition_from_nowhere_is_refused(notebook):
+def test_extensions_a_definition_from_nowhere_is_refused(notebook):
     exec(compile(HEAD + WEIGHT.format("snr"), "<nowhere>", "exec"), notebook)
     with pytest.raises(ConfigError, match="has no source"):
         lab.for_training(lab.load({"loss": {"name": "caught"}}))
 
 
-def test_a_capture_is_tried_by_itself(notebook):
+def test_extensions_a_capture_is_tried_by_itself(notebook):
     wide = WEIGHT.replace("(snr)", '(snr, *, n: int = eval("hidden"))')
     run_cell(HEAD + wide.format("snr"), notebook | {"hidden": 3})
     with pytest.raises(ConfigError, match="by themselves: cells.py:.*NameError: name 'hidden'"):
         lab.for_training(lab.load({"loss": {"name": "caught"}}))
 
 
-def test_a_cell_that_is_another_one_by_itself_is_refused(notebook):
+def test_extensions_a_cell_that_is_another_one_by_itself_is_refused(notebook):
     kind = '(snr, *, n: {"__main__": int}.get(__name__, float) = 1)'
     run_cell(
         HEAD + WEIGHT.replace("(snr)", kind.replace("{", "{{").replace("}", "}}")).format("snr"),
@@ -401,7 +405,7 @@ def test_a_cell_that_is_another_one_by_itself_is_refused(notebook):
         lab.for_training(lab.load({"loss": {"name": "caught"}}))
 
 
-def test_a_capture_holds_what_is_needed_and_nothing_else(notebook):
+def test_extensions_a_capture_holds_what_is_needed_and_nothing_else(notebook):
     run_cell(HEAD + "import math as m\nA, B, UNUSED = 2.0, [1, {'x': None}], 3\n", notebook)
     run_cell("def even(n): return n == 0 or odd(n - 1)\n", notebook)
     run_cell("def odd(n): return n > 0 and even(n - 1)\n", notebook)
@@ -424,13 +428,13 @@ def test_a_capture_holds_what_is_needed_and_nothing_else(notebook):
     assert torch.equal(names["caught"](torch.ones(2)), notebook["caught"](torch.ones(2)))
 
 
-def test_an_entry_that_was_registered_by_a_call_is_captured(notebook):
+def test_extensions_an_entry_that_was_registered_by_a_call_is_captured(notebook):
     run_cell(HEAD + "def plain(snr): return snr\nWEIGHTINGS.register('caught')(plain)\n", notebook)
     (file,) = lab.for_training(lab.load({"loss": {"name": "caught"}})).cfg.code
     assert "WEIGHTINGS.register('caught')(plain)" in file.data.decode()
 
 
-def test_a_cell_run_again_is_captured_again(notebook):
+def test_extensions_a_cell_run_again_is_captured_again(notebook):
     digests = set()
     for factor in (2, 3, 2):
         run_cell(HEAD + WEIGHT.format(f"snr * {factor}"), notebook)
@@ -438,7 +442,7 @@ def test_a_cell_run_again_is_captured_again(notebook):
     assert len(digests) == 2
 
 
-def test_the_cells_of_the_readme_run(notebook, tmp_path, monkeypatch, capsys):
+def test_extensions_the_cells_of_the_readme_run(notebook, tmp_path, monkeypatch, capsys):
     "The weighting and the study with it, as a reader copies them; only shorter"
     text = (ROOT / "README.md").read_text()
     cells = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
@@ -477,7 +481,7 @@ READS = {
 APART = {"smoke", "ask", "identify"}  # no run of somebody else's is loaded by them
 
 
-def test_every_verb_is_tried_against_a_stranger():
+def test_extensions_every_verb_is_tried_against_a_stranger():
     assert set(VERBS) == {*EXECUTES, *READS, *APART}
 
 
@@ -497,7 +501,7 @@ def stranger(filed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("verb", EXECUTES)
-def test_a_strangers_code_is_not_run(verb, stranger, capsys):
+def test_extensions_a_strangers_code_is_not_run(verb, stranger, capsys):
     before = sorted(p for p in stranger.run.rglob("*"))
     done = typed(capsys, *stranger.words(verb, EXECUTES[verb]))
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
@@ -508,13 +512,13 @@ def test_a_strangers_code_is_not_run(verb, stranger, capsys):
 
 
 @pytest.mark.parametrize("verb", READS)
-def test_reading_a_strangers_run_needs_no_trust(verb, stranger, capsys):
+def test_extensions_reading_a_strangers_run_needs_no_trust(verb, stranger, capsys):
     done = typed(capsys, *stranger.words(verb, READS[verb]))
     assert done.returncode == 0, done.stderr
     assert not stranger.sang()
 
 
-def test_the_canary_can_sing(stranger):
+def test_extensions_the_canary_can_sing(stranger):
     "Without trust it does not, with trust it does: the tests above could have failed"
     env = elsewhere(stranger.run.parents[2], CANARY=os.environ["CANARY"])
     assert minsnr("eval", stranger.run, env=env).returncode == 2 and not stranger.sang()
@@ -524,7 +528,7 @@ def test_the_canary_can_sing(stranger):
     assert minsnr("sample", stranger.run, "--n", 4, env=env).returncode == 0  # trusted from now on
 
 
-def test_a_strangers_model_is_not_run(filed, stranger, tmp_path, capsys):
+def test_extensions_a_strangers_model_is_not_run(filed, stranger, tmp_path, capsys):
     home = filed.parents[2]
     theirs = elsewhere(home, MINSNR_MODELS=str(tmp_path / "models"), CANARY="")
     assert minsnr("promote", filed, "canary", env=theirs).returncode == 0
@@ -535,7 +539,7 @@ def test_a_strangers_model_is_not_run(filed, stranger, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("verb", EXECUTES)
-def test_tampered_code_is_not_run_by_those_who_trusted_it(verb, filed, stranger, capsys):
+def test_extensions_tampered_code_is_not_run_by_those_who_trusted_it(verb, filed, stranger, capsys):
     "The user's own list has the hash of what the run once held"
     from minsnr_nb.record.trust import trust
 
@@ -551,14 +555,14 @@ def test_tampered_code_is_not_run_by_those_who_trusted_it(verb, filed, stranger,
     ]
 
 
-def test_added_code_is_found(stranger):
+def test_extensions_added_code_is_found(stranger):
     (stranger.run / "meta/extensions/more.py").write_text("")
     bad = [(c.id, c.path) for c in check_run(stranger.run) if not c.ok]
     assert ("AB.immutable", "meta/extensions/more.py") in bad
 
 
 @pytest.mark.parametrize("name", ["../../../x.py", "/etc/x.py", "x.txt", 3, None])
-def test_names_in_provenance_are_not_followed(name, stranger, capsys):
+def test_extensions_names_in_provenance_are_not_followed(name, stranger, capsys):
     path = stranger.run / "meta/provenance.json"
     stamp = json.loads(path.read_text())
     stamp["extensions"][0]["name"] = name
@@ -567,7 +571,9 @@ def test_names_in_provenance_are_not_followed(name, stranger, capsys):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not stranger.sang()
 
 
-def test_a_run_cannot_bring_its_own_list_of_trusted_code(stranger, tmp_path, capsys, monkeypatch):
+def test_extensions_a_run_cannot_bring_its_own_list_of_trusted_code(
+    stranger, tmp_path, capsys, monkeypatch
+):
     place = tmp_path / "checkout"
     place.mkdir()
     (place / "settings.ini").write_text("[minsnr]\n")
@@ -576,7 +582,7 @@ def test_a_run_cannot_bring_its_own_list_of_trusted_code(stranger, tmp_path, cap
     monkeypatch.delenv("MINSNR_TRUST")
     monkeypatch.setattr(os, "environ", os.environ)
     done = minsnr("eval", stranger.run, cwd=place, env=environment() | {"HOME": str(tmp_path)})
-    assert done.returncode == 2 and "cannot say there what code is trusted" in done.stderr
+    assert done.returncode == 2 and "MINSNR_TRUST: left out" in done.stderr
     assert not stranger.sang()
 
 
@@ -596,7 +602,7 @@ def plugin(tmp_path_factory):
     return target / "site"
 
 
-def test_a_plug_in_trains_and_is_recorded(plugin, tmp_path):
+def test_extensions_a_plug_in_trains_and_is_recorded(plugin, tmp_path):
     (tmp_path / "c.yaml").write_text(
         SMALL.replace("{name: min_snr, gamma: 5.0}", "{name: example_saturating, half: 2.0}")
         + "callbacks: [{name: example_largest}, {name: log_events}, {name: checkpoint}]\n"
@@ -619,7 +625,7 @@ def test_a_plug_in_trains_and_is_recorded(plugin, tmp_path):
     "body",
     ["raise SystemExit(3)", "raise ValueError('two\\nlines')", "import gone", "print('x'); 1/0"],
 )
-def test_a_broken_plug_in_is_one_line_from_every_command(body, tmp_path, filed):
+def test_extensions_a_broken_plug_in_is_one_line_from_every_command(body, tmp_path, filed):
     (tmp_path / "broken.py").write_text(body)
     info = tmp_path / "broken-1.0.dist-info"
     info.mkdir()
@@ -634,7 +640,7 @@ def test_a_broken_plug_in_is_one_line_from_every_command(body, tmp_path, filed):
         assert not done.stdout.startswith("x")
 
 
-def test_the_list_says_where_entries_come_from(tmp_path, capsys, notebook):
+def test_extensions_the_list_says_where_entries_come_from(tmp_path, capsys, notebook):
     (tmp_path / "my_loss.py").write_text(OWN)
     run_cell(HEAD + WEIGHT.format("snr"), notebook)
     done = typed(capsys, "list", "weightings", "--extension", tmp_path / "my_loss.py")

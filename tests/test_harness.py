@@ -19,7 +19,7 @@ def lab():
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_part(name, lab):
+def test_harness_part(name, lab):
     part, full, short = PARTS[name]
     if name == "strangers" and not shutil.which("strace"):
         pytest.skip("strace is not installed (Debian: apt-get install strace)")
@@ -30,12 +30,12 @@ def test_part(name, lab):
 # --- teeth ----------------------------------------------------------------------------------------
 
 
-def test_without_fsync_power_loss_is_found(lab):
+def test_harness_without_fsync_power_loss_is_found(lab):
     ok, text = power.power(lab, 2000, without="fsync")
     assert not ok and " 0 invalid" not in text
 
 
-def test_without_the_rename_of_a_checkpoint_a_kill_is_found(lab, monkeypatch):
+def test_harness_without_the_rename_of_a_checkpoint_a_kill_is_found(lab, monkeypatch):
     "A generation that is written in its final place, file by file"
 
     def in_place(staging, final):
@@ -49,38 +49,38 @@ def test_without_the_rename_of_a_checkpoint_a_kill_is_found(lab, monkeypatch):
     assert not ok, text
 
 
-def test_without_rewinding_the_log_a_resume_is_found(lab, monkeypatch):
+def test_harness_without_rewinding_the_log_a_resume_is_found(lab, monkeypatch):
     monkeypatch.setattr(runner, "rewind", lambda *_: 0)
     ok, text = faults.operations(lab, most=30)
     assert not ok and "not the same" in text, text
 
 
-def test_without_the_last_summary_a_killed_evaluation_is_found(lab, monkeypatch):
+def test_harness_without_the_last_summary_a_killed_evaluation_is_found(lab, monkeypatch):
     monkeypatch.setattr(seal, "write_summary", lambda run: None)
     ok, text = after.afterwards(lab, 40, verbs=("eval",))
     assert not ok and "B.summary" in text, text
 
 
-def test_a_fork_that_begins_with_nothing_is_found(lab, monkeypatch):
+def test_harness_a_fork_that_begins_with_nothing_is_found(lab, monkeypatch):
     monkeypatch.setattr(runner, "_refuse_orphan", lambda run: None)
     ok, text = after.afterwards(lab, 20, verbs=("fork",))
     assert not ok and "another run" in text, text
 
 
-def test_without_the_lock_a_wrong_seal_is_found(lab, monkeypatch):
+def test_harness_without_the_lock_a_wrong_seal_is_found(lab, monkeypatch):
     monkeypatch.setattr(durable, "alone", lambda folder: nullcontext())
-    ok, text = races.writers(lab, 6)
+    ok, text = races.writers(lab, 12)
     assert not ok, text
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
-def test_without_the_gate_a_link_is_found(lab):
+def test_harness_without_the_gate_a_link_is_found(lab):
     weaken = "from minsnr_nb.record import directory\ndirectory.refuse_strange = lambda *_: None"
     ok, text = strangers.strangers(lab, 8, "link at (logs|artifacts)", weaken)
     assert not ok and "not refused" in text, text
 
 
-def test_without_digests_damage_is_found(lab, monkeypatch):
+def test_harness_without_digests_damage_is_found(lab, monkeypatch):
     real = generations.problems
     blind = lambda *args: (p for p in real(*args) if p[0] == "MANIFEST.json")  # noqa: E731
     monkeypatch.setattr(generations, "problems", blind)
@@ -88,7 +88,7 @@ def test_without_digests_damage_is_found(lab, monkeypatch):
     assert not ok and "no fallback" in text
 
 
-def test_without_the_replacement_a_torn_notebook_is_found(lab, monkeypatch):
+def test_harness_without_the_replacement_a_torn_notebook_is_found(lab, monkeypatch):
     def in_place(self, buf, path):
         with open(path, "w") as f:
             f.write(buf[: len(buf) // 2])

@@ -39,7 +39,7 @@ def formula(schedule_name: str, row: str) -> tuple[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("schedule_name", "row"), ROWS, ids=[row for _, row in ROWS])
-def test_every_row_is_named(schedule_name, row):
+def test_identify_every_row_is_named(schedule_name, row):
     schedule, want = schedule_of(schedule_name), VECTORS["schedules"][schedule_name]
     name, weight = formula(schedule_name, row)
     on_v = weight / (schedule.snr + 1)
@@ -55,7 +55,7 @@ def test_every_row_is_named(schedule_name, row):
         assert said == pytest.approx(keywords, rel=1e-4)
 
 
-def test_a_deviation_is_called_one_unless_it_is_a_right_scheme_by_another_name():
+def test_identify_a_deviation_is_called_one_unless_it_is_a_right_scheme_by_another_name():
     same_as = {
         "DEV_lucidrains_pred_v_default": "uniform_eps",
         "DEV_aitoolkit_snr_gamma": "uniform_x0",
@@ -72,7 +72,7 @@ def test_a_deviation_is_called_one_unless_it_is_a_right_scheme_by_another_name()
 
 @pytest.mark.parametrize("schedule", ["cosine", "sigmoid", "flow_linear"])
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v", "u", "F"])
-def test_on_other_schedules_and_losses(schedule, prediction):
+def test_identify_on_other_schedules_and_losses(schedule, prediction):
     s = SCHEDULES[schedule](200)
     for name, keywords in {"min_snr": {"gamma": 2.5}, "p2": {"k": 3.0, "gamma": 0.5}}.items():
         found = identify(
@@ -82,7 +82,7 @@ def test_on_other_schedules_and_losses(schedule, prediction):
         assert found.factor == pytest.approx(0.1, rel=1e-6)
 
 
-def test_six_levels_are_enough_for_the_rows_with_no_free_number():
+def test_identify_six_levels_are_enough_for_the_rows_with_no_free_number():
     vectors = VECTORS["schedules"][next(iter(SCHEDULE_NAMES))]
     schedule = schedule_of(next(iter(SCHEDULE_NAMES)))
     for row in (
@@ -96,7 +96,7 @@ def test_six_levels_are_enough_for_the_rows_with_no_free_number():
         assert name in {found.name, *(match.name for match in found.also)}, str(found)
 
 
-def test_a_user_defined_weighting_is_known_at_once():
+def test_identify_a_user_defined_weighting_is_known_at_once():
     def cubic_root(snr: torch.Tensor) -> torch.Tensor:
         "SNR to the third"
         return snr ** (1 / 3)
@@ -110,7 +110,7 @@ def test_a_user_defined_weighting_is_known_at_once():
         del WEIGHTINGS._entries["cubic_root"]
 
 
-def test_infinite_and_missing_values_are_told_apart():
+def test_identify_infinite_and_missing_values_are_told_apart():
     schedule = SCHEDULES["linear"](1000)
     weight = loss_weight("elbo", schedule.snr, prediction="eps", form="fixed_small")
     assert weight[0] == math.inf
@@ -121,7 +121,7 @@ def test_infinite_and_missing_values_are_told_apart():
 
 
 @pytest.mark.parametrize(("size", "tables"), [(3, 20), (4, 10), (6, 10), (12, 5)])
-def test_random_tables_have_no_name(size, tables):
+def test_identify_random_tables_have_no_name(size, tables):
     schedule, rng = SCHEDULES["linear"](1000), torch.Generator().manual_seed(size)
     for _ in range(tables):
         t = torch.randperm(1000, generator=rng)[:size].sort().values
@@ -130,7 +130,7 @@ def test_random_tables_have_no_name(size, tables):
 
 
 @pytest.mark.parametrize("levels", [[600, 700, 900], [200, 500, 700, 900, 950]])
-def test_a_constant_has_the_plain_name(levels):
+def test_identify_a_constant_has_the_plain_name(levels):
     "Below SNR 5 it is Min-SNR-5 as well, which says more than is known"
     schedule = SCHEDULES["linear"](1000)
     found = identify([3.0] * len(levels), schedule, "eps", t=levels)
@@ -138,7 +138,7 @@ def test_a_constant_has_the_plain_name(levels):
 
 
 @pytest.mark.parametrize("meant", ["cosine", "scaled_linear", "flow_linear"])
-def test_the_schedule_is_doubted_before_the_weighting(meant):
+def test_identify_the_schedule_is_doubted_before_the_weighting(meant):
     true, said = SCHEDULES[meant](1000), SCHEDULES["linear"](1000)
     found = identify(loss_weight("min_snr", true.snr, prediction="v", gamma=5.0), said, "v")
     name, match = found.elsewhere[0]

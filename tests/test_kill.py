@@ -41,7 +41,7 @@ def step_of(run):
     return json.loads(pointer.read_text())["step"] if pointer.exists() else 0
 
 
-def test_two_kills_change_no_bit(tmp_path):
+def test_kill_two_kills_change_no_bit(tmp_path):
     config = tmp_path / "longer.yaml"
     config.write_text(LONGER)
     whole = run_dir(minsnr("train", config, "--run-root", tmp_path / "a").stdout)
@@ -68,7 +68,7 @@ def test_two_kills_change_no_bit(tmp_path):
     assert attempts == ["0001.json", "0002.json", "0003.json"]
 
 
-def test_killed_before_the_first_checkpoint(tmp_path):
+def test_kill_killed_before_the_first_checkpoint(tmp_path):
     config = tmp_path / "small.yaml"
     config.write_text(SMALL)
     run = killed(["train", config, "--run-root", tmp_path / "b"], lambda r: True, 0)

@@ -18,7 +18,7 @@ LEVELS |= {f"{name}, zero": zero_terminal_snr(s) for name, s in LEVELS.items()}
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_every_combination_is_finite_or_refused_by_name(name):
+def test_laboratory_every_combination_is_finite_or_refused_by_name(name):
     schedule = LEVELS[name]
     for prediction in PREDICTIONS:
         for weighting in WEIGHTINGS:
@@ -34,7 +34,7 @@ def test_every_combination_is_finite_or_refused_by_name(name):
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_extreme_levels(weighting):
+def test_laboratory_extreme_levels(weighting):
     "SNR from infinity to zero: never NaN; infinite only where the formula truly is"
     extreme = torch.tensor([math.inf, 1e12, 1e6, 1.0, 1e-6, 1e-12, 0.0], dtype=torch.float64)
     for prediction in PREDICTIONS:
@@ -44,7 +44,7 @@ def test_extreme_levels(weighting):
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_conversions_are_exact_between_all_predictions(name):
+def test_laboratory_conversions_are_exact_between_all_predictions(name):
     schedule, rng = LEVELS[name], stream(0, "conversions")
     t = torch.arange(schedule.timesteps)[: -1 if schedule.snr[-1] == 0 else None]
     x0, eps = (rng.normal(len(t), (8,), step=k).double() for k in (0, 1))
@@ -57,7 +57,7 @@ def test_conversions_are_exact_between_all_predictions(name):
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_levels_lie_on_the_curve_and_its_slope_is_the_difference_quotient(name):
+def test_laboratory_levels_lie_on_the_curve_and_its_slope_is_the_difference_quotient(name):
     schedule = LEVELS[name]
     finite = schedule.log_snr.isfinite()
     on_curve = schedule.log_snr_at(schedule.u)
@@ -77,7 +77,7 @@ CLOSED = {  # λ(u)
 
 
 @pytest.mark.parametrize("name", CLOSED)
-def test_closed_forms(name):
+def test_laboratory_closed_forms(name):
     schedule = SCHEDULES[name](1000)
     u = schedule.u[10:-1]
     want = CLOSED[name](u)
@@ -90,7 +90,7 @@ def test_closed_forms(name):
 
 
 @pytest.mark.parametrize("density", DENSITIES)
-def test_a_density_is_a_distribution_on_every_schedule_or_refused_by_name(density):
+def test_laboratory_a_density_is_a_distribution_on_every_schedule_or_refused_by_name(density):
     for name, schedule in LEVELS.items():
         try:
             made = make_density(density, schedule)
@@ -101,7 +101,7 @@ def test_a_density_is_a_distribution_on_every_schedule_or_refused_by_name(densit
         assert (made.probs >= 0).all() and made.probs.isfinite().all()
 
 
-def test_a_density_as_a_weighting_and_as_draws_is_the_same_objective():
+def test_laboratory_a_density_as_a_weighting_and_as_draws_is_the_same_objective():
     "weight × uniform draws = no weight × draws: for each density that exists in both forms"
     schedule = SCHEDULES["linear"](1000)
     pairs = {  # weighting -> what is left when its density is drawn
@@ -119,7 +119,7 @@ def test_a_density_as_a_weighting_and_as_draws_is_the_same_objective():
         torch.testing.assert_close(ratio / ratio[500], torch.ones_like(ratio), rtol=1e-5, atol=0)
 
 
-def test_importance_sampling_resumes_exactly():
+def test_laboratory_importance_sampling_resumes_exactly():
     schedule, rng = SCHEDULES["linear"](50), stream(3, "timestep")
     loss = torch.logspace(0, -2, 50, dtype=torch.float64)
 
@@ -142,7 +142,7 @@ def test_importance_sampling_resumes_exactly():
     )
 
 
-def test_the_vp_schedule_of_a_curve_is_one_cell():
+def test_laboratory_the_vp_schedule_of_a_curve_is_one_cell():
     straight = from_curve(lambda u: 8 - 16 * u, 100, "straight")
     bound = effective_weighting(make_objective(straight, "v", "elbo"))
     torch.testing.assert_close(bound[1:-1] / bound[50], torch.ones(98, dtype=torch.float64))

@@ -220,6 +220,6 @@ def test_ownership_by_an_older_version_is_watched(run, monkeypatch):
     refuse_owner(run, tell=lambda line: None)
 
 
-def test_resume_has_a_force_option(run, capsys):
+def test_ownership_resume_has_a_force_option(run, capsys):
     assert "--force" in typed(capsys, "resume", "--help").stdout
     assert open_run(run.path).id == run.id

@@ -23,7 +23,7 @@ LIGHT = [
 ]
 
 
-def test_star_import_brings_only_our_public_names():
+def test_package_star_import_brings_only_our_public_names():
     import minsnr_nb.all as everything
 
     names: dict = {}
@@ -38,13 +38,13 @@ def test_star_import_brings_only_our_public_names():
 
 
 @pytest.mark.parametrize("name", [*LIGHT, "papermill"])  # papermill loads our engine
-def test_light_modules_do_not_import_torch(name):
+def test_package_light_modules_do_not_import_torch(name):
     module = f"minsnr_nb.{name}".rstrip(".") if name != "papermill" else name
     code = f"import sys, {module}; sys.exit(sum(m in sys.modules for m in ('torch', 'pandas', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_list_prints_the_table_of_the_lane():
+def test_package_list_prints_the_table_of_the_lane():
     from minsnr_nb.minsnr_loss import WEIGHTINGS
 
     out = minsnr("list", "weightings").stdout
@@ -52,7 +52,7 @@ def test_list_prints_the_table_of_the_lane():
         assert row["name"] in out and row["summary"] in out and row["keywords"] in out
 
 
-def test_schema_file_is_current():
+def test_package_schema_file_is_current():
     from minsnr_nb.lab import config_schema
 
     assert json.loads((ROOT / "configs/schema.json").read_text()) == json.loads(
@@ -64,7 +64,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "cifar" not in
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_shipped_configs_are_valid_and_buildable(path: Path):
+def test_package_shipped_configs_are_valid_and_buildable(path: Path):
     from minsnr_nb.lab import build, load
 
     build(load(path).cfg)
@@ -73,7 +73,7 @@ def test_shipped_configs_are_valid_and_buildable(path: Path):
     assert (path.parent / first.split("=")[1]).resolve() == ROOT / "configs/schema.json"
 
 
-def test_every_config_key_has_a_reader():
+def test_package_every_config_key_has_a_reader():
     "A key that nothing reads is a defect: each field of each section occurs in the package's code"
     from minsnr_nb.config import (
         Config,

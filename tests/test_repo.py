@@ -29,20 +29,20 @@ SITE = {"site": check_site}  # slower than the others
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_repository(name):
+def test_repo_repository(name):
     assert list(CHECKS[name].findings(ROOT)) == []
 
 
-def test_generated_parts_of_the_pages_are_current():
+def test_repo_generated_parts_of_the_pages_are_current():
     assert generate_docs.findings(ROOT, write=False) == []
 
 
-def test_settings_ini_stays_inert():
+def test_repo_settings_ini_stays_inert():
     "Without this table nbdev would read settings.ini, which belongs to the kit"
     assert "[tool.nbdev]" in (ROOT / "pyproject.toml").read_text("utf-8")
 
 
-def test_a_check_is_a_command(tmp_path):
+def test_repo_a_check_is_a_command(tmp_path):
     "One line per finding on stdout, exit code 1; silence and 0 otherwise"
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     command = [sys.executable, ROOT / "tools/hygiene.py", tmp_path]
@@ -57,7 +57,7 @@ PAGES = sorted(_report.modules(ROOT).keys() - _report.PLAIN.keys())
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_site_can_show_every_signature(name):
+def test_repo_the_site_can_show_every_signature(name):
     "nbdev_docs evaluates each annotation; one that names what is only imported for type checkers ends it"
     module = importlib.import_module(f"minsnr_nb.{name}")
     own = [o for o in vars(module).values() if getattr(o, "__module__", "") == module.__name__]
@@ -127,7 +127,7 @@ def house(_house, tmp_path, monkeypatch) -> Path:
     return shutil.copytree(_house, tmp_path / "house", symlinks=True)
 
 
-def test_the_house_is_in_order(house):
+def test_repo_the_house_is_in_order(house):
     "The control: what goes red below is green before it is broken"
     assert {name: list(check.findings(house)) for name, check in CHECKS.items()} == dict.fromkeys(
         CHECKS, []
@@ -450,7 +450,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_goes_red(case, house):
+def test_repo_goes_red(case, house):
     check, broken, expected = BROKEN[case]
     broken(house)
     found = list(CHECKS[check].findings(house))
@@ -458,7 +458,7 @@ def test_goes_red(case, house):
     assert all("\n" not in line for line in found)
 
 
-def test_the_site_says_what_the_pages_say(house):
+def test_repo_the_site_says_what_the_pages_say(house):
     "Prose beside a title is lost in processing; the check that looks at the processed pages says which"
     assert list(check_site.findings(house)) == []
     edit(lambda nb: first_prose(nb)["source"].append("\n\nLost words."))(house)

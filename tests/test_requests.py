@@ -57,7 +57,7 @@ def whole(config, tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", ["SIGTERM", "stop.json"])
-def test_stopped_with_a_checkpoint_then_resumed(way, config, whole, tmp_path):
+def test_requests_stopped_with_a_checkpoint_then_resumed(way, config, whole, tmp_path):
     child, run = start(config, tmp_path)
     os.kill(child.pid, signal.SIGTERM) if way == "SIGTERM" else ask(run, "stop")
     _, said = child.communicate(timeout=60)
@@ -79,7 +79,7 @@ def test_stopped_with_a_checkpoint_then_resumed(way, config, whole, tmp_path):
     assert digests(run.path) == digests(whole) and log_lines(run.path) == log_lines(whole)
 
 
-def test_checkpoint_and_sample_while_training(config, whole, tmp_path):
+def test_requests_checkpoint_and_sample_while_training(config, whole, tmp_path):
     child, run = start(config, tmp_path)
     before = steps(run.path)
     ask(run, "checkpoint")
@@ -96,7 +96,7 @@ def test_checkpoint_and_sample_while_training(config, whole, tmp_path):
     assert same == digests(whole) and log_lines(run.path) == log_lines(whole)
 
 
-def test_a_process_that_was_taken_over_while_it_hung_writes_nothing_more(config, tmp_path):
+def test_requests_a_process_that_was_taken_over_while_it_hung_writes_nothing_more(config, tmp_path):
     child, run = start(config, tmp_path)
     os.kill(child.pid, signal.SIGSTOP)
     first = json.loads((run.attempts / "0001.json").read_text())
@@ -108,7 +108,7 @@ def test_a_process_that_was_taken_over_while_it_hung_writes_nothing_more(config,
     assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == files
 
 
-def test_a_run_that_trains_cannot_be_evaluated_into_its_own_log(config, tmp_path):
+def test_requests_a_run_that_trains_cannot_be_evaluated_into_its_own_log(config, tmp_path):
     child, run = start(config, tmp_path)
     os.kill(child.pid, signal.SIGSTOP)  # it must not end before it is asked about
     log = run.metrics_path.read_bytes()
@@ -119,7 +119,7 @@ def test_a_run_that_trains_cannot_be_evaluated_into_its_own_log(config, tmp_path
     child.communicate()
 
 
-def test_a_run_whose_steps_become_slow_says_so_once(tmp_path, monkeypatch):
+def test_requests_a_run_whose_steps_become_slow_says_so_once(tmp_path, monkeypatch):
     monkeypatch.setattr(SlowSteps, "times", 0)  # each window of steps counts as slow
     said: list[str] = []
     listed = {"callbacks": [{"name": "log_events"}], "train": {"steps": 64}}

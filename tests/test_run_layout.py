@@ -88,7 +88,7 @@ def in_child(action):
     return os.waitstatus_to_exitcode(os.waitpid(fork(action), 0)[1])
 
 
-def test_killed_at_every_call_of_creation(tmp_path):
+def test_run_layout_killed_at_every_call_of_creation(tmp_path):
     "No run is visible, or a whole one; and the next creation works"
     at, seen = 0, set()
     while True:
@@ -111,7 +111,7 @@ def test_killed_at_every_call_of_creation(tmp_path):
     assert at > 80 and seen == {0, 1}  # before the rename nothing, after it everything
 
 
-def test_killed_while_logging_then_resumed(tmp_path):
+def test_run_layout_killed_while_logging_then_resumed(tmp_path):
     "The torn lines of both logs are kept aside, and the run passes again"
     run = make(tmp_path)
     code = """
@@ -144,7 +144,7 @@ while True:
     assert torn == ['{"step": 9'] * 2 and failed(run.path) == []
 
 
-def test_killed_between_a_generation_and_its_pointer(tmp_path):
+def test_run_layout_killed_between_a_generation_and_its_pointer(tmp_path):
     "Lost but sound; only a run that ended without its pointer is at fault"
     run = make(tmp_path)
     assert in_child(lambda: start_attempt(run)) == 0
@@ -160,7 +160,7 @@ def test_killed_between_a_generation_and_its_pointer(tmp_path):
 # --- racing ---------------------------------------------------------------------------------------
 
 
-def test_a_suspended_process_is_not_lost(tmp_path):
+def test_run_layout_a_suspended_process_is_not_lost(tmp_path):
     run = make(tmp_path)
     code = (
         "import sys, time\nfrom minsnr_nb.run_layout import open_run, set_status, start_attempt\n"
@@ -182,7 +182,7 @@ def test_a_suspended_process_is_not_lost(tmp_path):
 # --- without space, without permission ------------------------------------------------------------
 
 
-def test_every_call_of_creation_failing(tmp_path, monkeypatch):
+def test_run_layout_every_call_of_creation_failing(tmp_path, monkeypatch):
     "One line with exit code 2, and the run root as it was"
     root, at = tmp_path / "new" / "runs", 0
     while True:
@@ -228,7 +228,7 @@ def refused(root, **kwargs):
     return err
 
 
-def test_a_real_limit_on_file_size(tmp_path):
+def test_run_layout_a_real_limit_on_file_size(tmp_path):
     import resource
 
     def limit():
@@ -254,7 +254,7 @@ def can_mount():
 
 @pytest.mark.skipif(not can_mount(), reason="needs mount namespaces")
 @pytest.mark.parametrize("options, code", [("size=64k", "ENOSPC"), ("ro", "EROFS")])
-def test_a_full_and_a_read_only_disk(options, code, tmp_path):
+def test_run_layout_a_full_and_a_read_only_disk(options, code, tmp_path):
     script = 'mount -t tmpfs -o "$1" none "$2"; "$3" -c "$4" "$2/runs" "$5" || true; ls -A "$2" >&2'
     here = ROOT
     done = unshared(script, options, tmp_path, sys.executable, CREATE, here)
@@ -264,7 +264,7 @@ def test_a_full_and_a_read_only_disk(options, code, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "link"])
-def test_something_in_the_way(where, tmp_path):
+def test_run_layout_something_in_the_way(where, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -275,7 +275,7 @@ def test_something_in_the_way(where, tmp_path):
 
 
 @pytest.mark.parametrize("project", ["", "..", "a/b", ".hidden", "x" * 65, "a b"])
-def test_a_project_is_a_plain_name(project, tmp_path):
+def test_run_layout_a_project_is_a_plain_name(project, tmp_path):
     with pytest.raises(ConfigError, match="project"):
         create_run(tmp_path, project, config_text="", resolved_text="", provenance=PROVENANCE)
     assert list(tmp_path.iterdir()) == []
@@ -284,7 +284,7 @@ def test_a_project_is_a_plain_name(project, tmp_path):
 # --- moved ----------------------------------------------------------------------------------------
 
 
-def test_moved_copied_and_archived_runs_still_pass(tmp_path):
+def test_run_layout_moved_copied_and_archived_runs_still_pass(tmp_path):
     run = finished(tmp_path / "runs")
     assert failed(run.path) == []
     copy = tmp_path / "copied to another place"
@@ -317,7 +317,7 @@ def test_moved_copied_and_archived_runs_still_pass(tmp_path):
         "logs/metrics.jsonl",
     ],
 )
-def test_any_flipped_byte_is_found(name, tmp_path):
+def test_run_layout_any_flipped_byte_is_found(name, tmp_path):
     run = finished(tmp_path)
     path = run.path / name
     path.chmod(0o644)
@@ -389,14 +389,14 @@ def damage(run, what):
         ("interpolation", "AB.config"),
     ],
 )
-def test_what_must_not_be(what, id, tmp_path):
+def test_run_layout_what_must_not_be(what, id, tmp_path):
     run = finished(tmp_path)
     damage(run, what)
     assert id in {c.id for c in check_run(run.path) if not c.ok}
     assert not all(contract_report(check_run(run.path)).values())
 
 
-def test_numbers_of_numpy_and_safetensors_are_no_pickles(tmp_path):
+def test_run_layout_numbers_of_numpy_and_safetensors_are_no_pickles(tmp_path):
     "A safetensors header of 640 bytes begins like a pickle; a structured array is no object"
     import numpy as np
 
@@ -407,7 +407,7 @@ def test_numbers_of_numpy_and_safetensors_are_no_pickles(tmp_path):
     assert failed(run.path) == []
 
 
-def test_a_directory_that_is_no_run(tmp_path):
+def test_run_layout_a_directory_that_is_no_run(tmp_path):
     (tmp_path / "empty").mkdir()
     report = contract_report(check_run(tmp_path / "empty"))
     assert report == {"A: run layout": False, "B: runs and artifacts": False}
@@ -423,7 +423,7 @@ def test_a_directory_that_is_no_run(tmp_path):
 LIGHT = ["run_layout", *(f"record.{p.stem[3:]}" for p in sorted(ROOT.glob("nbs/record/*.ipynb")))]
 
 
-def test_these_modules_are_light():
+def test_run_layout_these_modules_are_light():
     "No command waits for torch or pandas to look at a run"
     code = f"import sys, importlib\nfor m in {LIGHT}: importlib.import_module(f'minsnr_nb.{{m}}')\n"
     code += "print([m for m in ('torch', 'pandas', 'matplotlib', 'IPython') if m in sys.modules])"
@@ -435,7 +435,7 @@ DOOR = "import json\nfrom minsnr_nb.record.provenance import command, project_ro
 DOOR += "print(json.dumps(command(project_root())))"
 
 
-def test_provenance_from_a_kernel(tmp_path):
+def test_run_layout_provenance_from_a_kernel(tmp_path):
     "A real kernel, as Jupyter starts it: the notebook is named, the executed cells are identified"
     import nbformat
     from nbclient import NotebookClient
@@ -453,7 +453,7 @@ def test_provenance_from_a_kernel(tmp_path):
     assert how["notebook"]["executed"]["cells"] == 2 and how["cwd"] == str(tmp_path)
 
 
-def test_provenance_from_the_command_line(tmp_path):
+def test_run_layout_provenance_from_the_command_line(tmp_path):
     p = python(DOOR, "an argument", cwd=tmp_path)
     how = json.loads(p.communicate()[0])
     assert how["argv"] == ["python", "-c", DOOR, "an argument"] and how["notebook"] is None

@@ -52,7 +52,7 @@ def assert_same_way(a, b, tolerance):
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("prediction", NAMES)
 @pytest.mark.parametrize("steps", [20, 50])  # divisors: else its DDIM misses the next level
-def test_ddim_goes_the_way_of_diffusers(steps, prediction, eta):
+def test_samplers_ddim_goes_the_way_of_diffusers(steps, prediction, eta):
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(
         **COMMON, prediction_type=NAMES[prediction], timestep_spacing="trailing"
@@ -63,7 +63,7 @@ def test_ddim_goes_the_way_of_diffusers(steps, prediction, eta):
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("steps", [1000, 100])
-def test_ddpm_goes_the_way_of_diffusers(steps, variance, monkeypatch):
+def test_samplers_ddpm_goes_the_way_of_diffusers(steps, variance, monkeypatch):
     diffusers = pytest.importorskip("diffusers")
     from diffusers.schedulers import scheduling_ddpm
 
@@ -110,7 +110,7 @@ def solved_by_theirs(scheduler, steps):
 @pytest.mark.parametrize("karras", [True, False], ids=["karras", "trailing"])
 @pytest.mark.parametrize("prediction", NAMES)
 @pytest.mark.parametrize("name, peer", [("euler", "Euler"), ("heun", "Heun")])
-def test_euler_and_heun_go_the_way_of_diffusers(name, peer, prediction, karras):
+def test_samplers_euler_and_heun_go_the_way_of_diffusers(name, peer, prediction, karras):
     "Settings that coincide: rho 7 between the schedule's own ends, or whole timesteps; no churn"
     diffusers = pytest.importorskip("diffusers")
     scheduler = getattr(diffusers, f"{peer}DiscreteScheduler")(
@@ -130,7 +130,7 @@ def test_euler_and_heun_go_the_way_of_diffusers(name, peer, prediction, karras):
 
 @pytest.mark.parametrize("prediction", NAMES)
 @pytest.mark.parametrize("steps", [10, 20, 50])
-def test_dpm_solver_goes_the_way_of_diffusers(steps, prediction):
+def test_samplers_dpm_solver_goes_the_way_of_diffusers(steps, prediction):
     "Settings that coincide: order 2, midpoint, whole trailing timesteps, down to sigma 0"
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DPMSolverMultistepScheduler(
@@ -150,7 +150,7 @@ def test_dpm_solver_goes_the_way_of_diffusers(steps, prediction):
 
 @pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m"])
 @pytest.mark.parametrize("make", SCHEDULES)
-def test_every_schedule_can_be_sampled_between_its_timesteps(name, make):
+def test_samplers_every_schedule_can_be_sampled_between_its_timesteps(name, make):
     "x0, v, u and F; plain and ending in pure noise; from one step on"
     for schedule in (SCHEDULES[make](60), zero_terminal_snr(SCHEDULES[make](60))):
         for prediction in ("x0", "v", "u", "F"):
@@ -167,7 +167,7 @@ def ticking_batch(x_t, t):
 
 
 @pytest.mark.parametrize("name", ["euler", "heun"])
-def test_churned_noise_belongs_to_the_image(name):
+def test_samplers_churned_noise_belongs_to_the_image(name):
     schedule, sampler = SCHEDULES["linear"](1000), SAMPLERS.bind(name, {"steps": 6, "churn": 3.0})
     model = denoiser(lambda x, t: ticking(x, t[0]), schedule, "v")
     drawn = [sample(sampler, model, schedule, (1, 2, 2), 9, RNG, batch_size=b) for b in (9, 4)]
@@ -187,13 +187,13 @@ def test_churned_noise_belongs_to_the_image(name):
         ({"step": 5}, "steps"),
     ],
 )
-def test_wrong_keywords_are_refused_in_one_line(keys, message):
+def test_samplers_wrong_keywords_are_refused_in_one_line(keys, message):
     with pytest.raises(ConfigError, match=message) as caught:
         SAMPLERS.bind("heun", keys)
     assert "\n" not in str(caught.value)
 
 
-def test_a_range_of_noise_that_is_empty_is_refused():
+def test_samplers_a_range_of_noise_that_is_empty_is_refused():
     sampler = SAMPLERS.bind("euler", {"sigma_min": 5.0, "sigma_max": 2.0})
     with pytest.raises(ConfigError, match="sigma_max: 2 must be greater than sigma_min, 5"):
         next(sampler(lambda x, t: x, SCHEDULES["linear"](100), torch.zeros(1, 1, 2, 2), RNG))

@@ -30,13 +30,13 @@ def pair(tmp_path):
     return tmp_path / "done", tmp_path / "source"
 
 
-def test_outputs_are_stored_but_warnings(pair):
+def test_store_outputs_outputs_are_stored_but_warnings(pair):
     store(*pair)
     first, second = json.loads(pair[1].read_text())["cells"]
     assert [o["name"] for o in first["outputs"]] == ["stdout"] and second["outputs"] == []
 
 
-def test_another_notebook_is_refused(pair):
+def test_store_outputs_another_notebook_is_refused(pair):
     pair[1].write_text(pair[1].read_text().replace('["b"]', '["c"]'))
     before = pair[1].read_bytes()
     with pytest.raises(SystemExit, match="is not an execution of"):

@@ -45,7 +45,7 @@ VERBS += ["compare", "fork|train.steps=20", "continue|--steps|20"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_refuses_a_link(verb, copy, tmp_path, capsys):
+def test_strangers_every_verb_refuses_a_link(verb, copy, tmp_path, capsys):
     "`resume` appended to what a log was linked to, `export` published what a picture was"
     thesis = tmp_path / "thesis.txt"
     thesis.write_text("mine")
@@ -57,28 +57,28 @@ def test_every_verb_refuses_a_link(verb, copy, tmp_path, capsys):
     assert f"{copy}/logs/stdout.log: a link" in done.stderr and thesis.read_text() == "mine"
 
 
-def test_a_list_names_what_it_does_not_read(copy, capsys):
+def test_strangers_a_list_names_what_it_does_not_read(copy, capsys):
     (copy / "metrics.json").rename(copy.parent / "away")
     (copy / "metrics.json").symlink_to(copy.parent / "away")
     (row,) = json.loads(typed(capsys, "runs", "--run-root", copy.parents[1], "--json").stdout)
     assert row["state"] == "unreadable" and "metrics.json: a link" in row["reason"]
 
 
-def test_a_hard_link_that_leads_out_is_found(copy, tmp_path, capsys):
+def test_strangers_a_hard_link_that_leads_out_is_found(copy, tmp_path, capsys):
     os.link(copy / "logs/metrics.jsonl", tmp_path / "profile")
     done = typed(capsys, "eval", copy)
     assert done.returncode == 2 and "logs/metrics.jsonl: a hard link" in done.stderr
 
 
 @pytest.mark.parametrize("name", [".git/config", "meta/.x", "settings.ini", "artifacts/.env"])
-def test_nothing_hides_in_a_run(name, copy, capsys):
+def test_strangers_nothing_hides_in_a_run(name, copy, capsys):
     (copy / name).parent.mkdir(exist_ok=True)
     (copy / name).write_text("[core]\n")
     assert typed(capsys, "resume", copy).returncode == 2
     assert "AB.names" in {c.id for c in check_run(copy) if not c.ok}
 
 
-def test_a_directory_that_cannot_be_listed_is_no_empty_one(copy, monkeypatch):
+def test_strangers_a_directory_that_cannot_be_listed_is_no_empty_one(copy, monkeypatch):
     "`os.walk` skips it without a word, and a run was sealed over half a list"
     real = os.scandir
 
@@ -97,7 +97,7 @@ def test_a_directory_that_cannot_be_listed_is_no_empty_one(copy, monkeypatch):
 # --- a run is no project --------------------------------------------------------------------------
 
 
-def test_a_run_is_never_a_project_root(copy, tmp_path):
+def test_strangers_a_run_is_never_a_project_root(copy, tmp_path):
     (copy / "settings.ini").write_text("[minsnr]\nruns = /etc\n")
     (copy / "pyproject.toml").write_text('name = "minsnr_nb"\n')
     assert project_root(copy / "meta") == copy.parent
@@ -105,7 +105,7 @@ def test_a_run_is_never_a_project_root(copy, tmp_path):
     assert project_root(copy / "meta") == tmp_path
 
 
-def test_the_environment_of_a_stranger_is_not_taken(tmp_path):
+def test_strangers_the_environment_of_a_stranger_is_not_taken(tmp_path):
     "Nor may one's own `.env` set what makes other programs do something"
     (tmp_path / "settings.ini").write_text("[minsnr]\n")
     (tmp_path / ".env").write_text("LD_PRELOAD=/x.so\nGIT_CONFIG_COUNT=1\nMINSNR_VAR_A=1\n")
@@ -149,7 +149,7 @@ def planted(copy: Path) -> Path:
     return copy
 
 
-def test_an_export_takes_pictures_by_their_content(copy, tmp_path):
+def test_strangers_an_export_takes_pictures_by_their_content(copy, tmp_path):
     told: list[str] = []
     folder = export_run(planted(copy), tmp_path / "out", told.append)
     left = {line.partition(": left out: ")[0].rpartition("/")[2] for line in told}
@@ -159,7 +159,7 @@ def test_an_export_takes_pictures_by_their_content(copy, tmp_path):
     assert not re.search(r"(?i)<script|<svg|<img|href=", page.partition("</style>")[2])
 
 
-def test_a_token_in_utf_16_stops_an_export(copy, tmp_path):
+def test_strangers_a_token_in_utf_16_stops_an_export(copy, tmp_path):
     data = ("x hf" + "_" + "a1" * 17).encode("utf-16")
     (copy / "artifacts/plots/a.svg").write_bytes(data)
     with pytest.raises(MinsnrError, match="a.svg: holds something that looks like a secret"):
@@ -167,7 +167,7 @@ def test_a_token_in_utf_16_stops_an_export(copy, tmp_path):
     assert "AB.secrets" in {c.id for c in check_run(copy) if not c.ok}
 
 
-def test_nothing_of_an_export_runs_in_a_browser(copy, tmp_path, monkeypatch):
+def test_strangers_nothing_of_an_export_runs_in_a_browser(copy, tmp_path, monkeypatch):
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
@@ -197,7 +197,7 @@ def test_nothing_of_an_export_runs_in_a_browser(copy, tmp_path, monkeypatch):
 # --- words and numbers ----------------------------------------------------------------------------
 
 
-def test_control_characters_are_printed_and_not_obeyed(copy, capsys):
+def test_strangers_control_characters_are_printed_and_not_obeyed(copy, capsys):
     status = copy / "meta/status.json"
     facts = json.loads(status.read_text()) | {"state": "\x1b]0;owned\x07\u202e"}
     status.write_text(json.dumps(facts))
@@ -209,7 +209,7 @@ def test_control_characters_are_printed_and_not_obeyed(copy, capsys):
 
 
 @pytest.mark.parametrize("n", [1_000_000, -1, 0, "8", None])
-def test_a_number_of_threads_is_a_number_of_threads(n, copy, capsys):
+def test_strangers_a_number_of_threads_is_a_number_of_threads(n, copy, capsys):
     "A million crashed, a text was a traceback"
     stamp = copy / "meta/provenance.json"
     facts = json.loads(stamp.read_text())
@@ -222,7 +222,7 @@ def test_a_number_of_threads_is_a_number_of_threads(n, copy, capsys):
 
 
 @pytest.mark.parametrize("path", ["/etc", "../../../../etc", "~/x"])
-def test_a_place_in_a_config_is_followed_only_when_named(path, copy, tmp_path, capsys):
+def test_strangers_a_place_in_a_config_is_followed_only_when_named(path, copy, tmp_path, capsys):
     from minsnr_nb.durable import sha256
 
     for name in ("config.resolved.yaml", "config_resolved.yaml"):
@@ -245,7 +245,7 @@ class Harm:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_pickle_behind_a_long_text_is_found(protocol, tmp_path):
+def test_strangers_a_pickle_behind_a_long_text_is_found(protocol, tmp_path):
     "Only the first 64 KiB were read"
     harm = pickle.dumps(Harm(), protocol)
     for name, before in {"a.txt": b"step,loss\n" * 7000, "b.json": b"S'" + b"a" * 70_000 + b"'\n0"}.items():  # fmt: skip
@@ -255,7 +255,7 @@ def test_a_pickle_behind_a_long_text_is_found(protocol, tmp_path):
     assert pickle_problem(tmp_path / "c.log") is None
 
 
-def test_an_exit_of_somebody_elses_code_is_one_line(copy, capsys, monkeypatch, tmp_path):
+def test_strangers_an_exit_of_somebody_elses_code_is_one_line(copy, capsys, monkeypatch, tmp_path):
     "A callback that calls `sys.exit(0)` ended the command with success and without a word"
     from minsnr_nb import callbacks
 
@@ -268,7 +268,7 @@ def test_an_exit_of_somebody_elses_code_is_one_line(copy, capsys, monkeypatch, t
     assert status["state"] == "failed" and "SystemExit" in status["reason"]
 
 
-def test_trust_is_not_given_to_what_the_gate_refuses(copy, capsys):
+def test_strangers_trust_is_not_given_to_what_the_gate_refuses(copy, capsys):
     (copy / "artifacts/x").symlink_to("/etc")
     done = typed(capsys, "eval", copy, "--trust-code", "0" * 64)
     assert done.returncode == 2 and "artifacts/x: a link" in done.stderr

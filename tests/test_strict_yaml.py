@@ -6,12 +6,12 @@ from minsnr_nb.errors import ConfigError, _slips, nearest
 from minsnr_nb.strict_yaml import plain_values, read_yaml, write_yaml
 
 
-def test_errors_count_slips():
+def test_strict_yaml_errors_count_slips():
     words = ("steps", "stpes", "step", "stepps", "spets", "lr")
     assert [_slips(w, "steps") for w in words] == [0, 1, 1, 1, 2, 3]
 
 
-def test_errors_name_the_nearest():
+def test_strict_yaml_errors_name_the_nearest():
     known = "; did you mean 'steps'? Known: seed, steps"
     assert nearest("stpes", ["seed", "steps"]) == known
     assert nearest("x", []) == "; Known: none"

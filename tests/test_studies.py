@@ -57,7 +57,7 @@ def executed(config, tmp_path_factory):
     return home
 
 
-def test_e02_trains_two_paired_arms(executed):
+def test_studies_e02_trains_two_paired_arms(executed):
     runs = runs_in(executed / "runs")
     about = [json.loads((r / "meta/provenance.json").read_text()) for r in runs]
     assert {a["study"]["arm"] for a in about} == {"constant", "min_snr"}
@@ -69,7 +69,7 @@ def test_e02_trains_two_paired_arms(executed):
         assert all(c["metadata"]["papermill"]["status"] == "completed" for c in notebook["cells"])
 
 
-def test_e02_provenance_is_a_command_that_can_be_typed_again(executed):
+def test_studies_e02_provenance_is_a_command_that_can_be_typed_again(executed):
     about = json.loads((runs_in(executed / "runs")[0] / "meta/provenance.json").read_text())
     assert about["command"]["entrypoint"] == "papermill"
     argv = about["command"]["argv"]
@@ -80,7 +80,7 @@ def test_e02_provenance_is_a_command_that_can_be_typed_again(executed):
     )
 
 
-def test_e02_page_has_pictures_and_a_verdict(executed):
+def test_studies_e02_page_has_pictures_and_a_verdict(executed):
     cells = json.loads((executed / "out.ipynb").read_text())["cells"]
     outputs = [o for c in cells for o in c.get("outputs", [])]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 5
@@ -94,7 +94,7 @@ def test_e02_page_has_pictures_and_a_verdict(executed):
     )
 
 
-def test_e02_resume_reuses_complete_arms(executed, config):
+def test_studies_e02_resume_reuses_complete_arms(executed, config):
     before = {r: (r / "logs/metrics.jsonl").read_bytes() for r in runs_in(executed / "runs")}
     one = next(iter(before))
     words = ["-p", "gamma", "5", "-p", "config", config, "-p", "resume", one]
@@ -105,7 +105,7 @@ def test_e02_resume_reuses_complete_arms(executed, config):
     } == before
 
 
-def test_e01_runs(config, tmp_path):
+def test_studies_e01_runs(config, tmp_path):
     done = papermill(
         "study_e01",
         tmp_path / "out.ipynb",
@@ -129,7 +129,7 @@ def test_e01_runs(config, tmp_path):
         (("steps", "2.5"), "steps: 2.5 is not a whole number"),
     ],
 )
-def test_wrong_parameters_write_nothing(wrong, part, tmp_path):
+def test_studies_wrong_parameters_write_nothing(wrong, part, tmp_path):
     done = papermill(
         "study_e02", tmp_path / "out.ipynb", "-p", *wrong, "-p", "run_root", tmp_path / "runs"
     )
@@ -145,7 +145,7 @@ def test_wrong_parameters_write_nothing(wrong, part, tmp_path):
         (("config", "nowhere.yaml"), "no file 'nowhere.yaml'"),
     ],
 )
-def test_wrong_values_leave_no_run(wrong, part, tmp_path):
+def test_studies_wrong_values_leave_no_run(wrong, part, tmp_path):
     done = papermill(
         "study_e02", tmp_path / "out.ipynb", "-p", *wrong, "-p", "run_root", tmp_path / "runs"
     )

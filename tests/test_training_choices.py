@@ -41,7 +41,7 @@ def state_of(name, shape):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("loss", WEIGHTINGS)
-def test_training_steps_of_every_choice(loss, prediction, model, digits):
+def test_training_choices_training_steps_of_every_choice(loss, prediction, model, digits):
     "Finite losses, a gradient, and weights that moved; the same twice"
     objective = make_objective(ORDINARY, prediction, loss)
     ends = []
@@ -61,7 +61,9 @@ def test_training_steps_of_every_choice(loss, prediction, model, digits):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("loss", WEIGHTINGS)
-def test_with_zero_terminal_snr_a_choice_trains_or_is_refused_by_rule(loss, prediction, digits):
+def test_training_choices_with_zero_terminal_snr_a_choice_trains_or_is_refused_by_rule(
+    loss, prediction, digits
+):
     refused = None
     try:
         objective = make_objective(ENDING, prediction, loss)
@@ -90,7 +92,7 @@ class Log:
 
 
 @pytest.mark.parametrize("watching", [["timing"], ["grad_share"], ["timing", "grad_share"]])
-def test_training_is_bit_equal_whoever_watches(watching, digits):
+def test_training_choices_training_is_bit_equal_whoever_watches(watching, digits):
     cfg = Config.model_validate({"train": {"steps": 6, "batch_size": 8, "log_every": 2}})
     objective = make_objective(ORDINARY, "v", "min_snr")
 
@@ -113,7 +115,7 @@ def test_training_is_bit_equal_whoever_watches(watching, digits):
         assert torch.equal(a, b)
 
 
-def test_training_time_of_a_wait_belongs_to_its_interval(digits, monkeypatch):
+def test_training_choices_training_time_of_a_wait_belongs_to_its_interval(digits, monkeypatch):
     "What `Timing` waits for the device is time of the line that it writes, not of the next one"
     waits = iter([0.05, 0.001])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(next(waits)))

@@ -37,7 +37,7 @@ def broken(path, level=None):
 # --- the seal -------------------------------------------------------------------------------------
 
 
-def test_training_ends_with_a_seal_that_travels(finished, tmp_path, capsys):
+def test_trust_training_ends_with_a_seal_that_travels(finished, tmp_path, capsys):
     assert is_sealed(open_run(finished)) and broken(finished, "L3") == []
     with tarfile.open(tmp_path / "run.tar", "w") as tar:
         tar.add(finished, arcname=f"renamed/{finished.name}")
@@ -49,7 +49,7 @@ def test_training_ends_with_a_seal_that_travels(finished, tmp_path, capsys):
     assert done.returncode == 0 and {c["level"] for c in checks} == {"L0", "L1", "L2", "L3"}
 
 
-def test_evaluating_and_sampling_renew_the_seal(copy, capsys):
+def test_trust_evaluating_and_sampling_renew_the_seal(copy, capsys):
     before = json.loads((copy / "meta/seal.json").read_text())["manifest_sha256"]
     assert typed(capsys, "eval", copy, "sampler.steps=2").returncode == 0
     assert typed(capsys, "sample", copy, "--n", 4).returncode == 0
@@ -57,7 +57,7 @@ def test_evaluating_and_sampling_renew_the_seal(copy, capsys):
     assert json.loads((copy / "meta/seal.json").read_text())["manifest_sha256"] != before
 
 
-def test_the_summary_of_a_complete_run_leaves_out_no_training(copy):
+def test_trust_the_summary_of_a_complete_run_leaves_out_no_training(copy):
     "A killed evaluation may not have counted itself yet; the training has"
     run = open_run(copy)
     unseal(run)
@@ -69,7 +69,7 @@ def test_the_summary_of_a_complete_run_leaves_out_no_training(copy):
     assert ("B.summary", "metrics.json") in broken(copy)
 
 
-def test_a_damaged_run_is_not_sealed_again(copy, capsys):
+def test_trust_a_damaged_run_is_not_sealed_again(copy, capsys):
     picture = next((copy / "artifacts/grids").glob("*.png"))
     picture.write_bytes(picture.read_bytes()[:-1] + b"!")
     assert broken(copy) == [("AB.seal", picture.relative_to(copy).as_posix())]
@@ -78,7 +78,7 @@ def test_a_damaged_run_is_not_sealed_again(copy, capsys):
     assert broken(copy) == [("AB.seal", picture.relative_to(copy).as_posix())]
 
 
-def test_an_unsealed_complete_run_is_sealed_by_resume(copy, capsys):
+def test_trust_an_unsealed_complete_run_is_sealed_by_resume(copy, capsys):
     (copy / "meta/seal.json").unlink()
     assert broken(copy) == [] and broken(copy, "L3") == [("AB.sealed", "meta/seal.json")]
     assert run_dir(typed(capsys, "resume", copy).stdout) == copy
@@ -88,7 +88,7 @@ def test_an_unsealed_complete_run_is_sealed_by_resume(copy, capsys):
 # --- predictions, export, models ------------------------------------------------------------------
 
 
-def test_stored_predictions_pass_and_any_flip_is_named(copy, capsys):
+def test_trust_stored_predictions_pass_and_any_flip_is_named(copy, capsys):
     done = typed(capsys, "sample", copy, "--n", 4, "--seed", 7, "--save-predictions")
     (folder,) = (copy / "artifacts/predictions").glob("step000000012_ema_ddim4_seed7_n4_????????")
     assert done.stdout.strip() == str(folder) and broken(copy, "L3") == []
@@ -103,7 +103,7 @@ def test_stored_predictions_pass_and_any_flip_is_named(copy, capsys):
     assert done.returncode == 1 and "B.frames" in done.stdout and frame.name in done.stdout
 
 
-def test_a_callback_stores_predictions(tmp_path, capsys):
+def test_trust_a_callback_stores_predictions(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(
         SMALL + "callbacks: [{name: log_events}, {name: checkpoint}, {name: predictions, n: 2}]\n"
     )
@@ -112,7 +112,7 @@ def test_a_callback_stores_predictions(tmp_path, capsys):
     assert [s[:13] for s in sets] == ["step000000006", "step000000012"] and broken(run, "L3") == []
 
 
-def test_export_is_small_redacted_and_described(finished, tmp_path, capsys):
+def test_trust_export_is_small_redacted_and_described(finished, tmp_path, capsys):
     done = typed(capsys, "export", finished, "--dest", tmp_path / "assets")
     folder = tmp_path / "assets" / finished.name
     assert done.returncode == 0 and str(folder) in done.stdout
@@ -125,7 +125,7 @@ def test_export_is_small_redacted_and_described(finished, tmp_path, capsys):
     assert str(finished.parent).encode() not in text and sum(map(len, (text,))) < 10 << 20
 
 
-def test_a_tree_to_the_letter(copy, tmp_path, capsys):
+def test_trust_a_tree_to_the_letter(copy, tmp_path, capsys):
     from minsnr_nb.record.tree import literal_problems
 
     assert typed(capsys, "sample", copy, "--n", "4", "--save-predictions").returncode == 0
@@ -144,7 +144,7 @@ def test_a_tree_to_the_letter(copy, tmp_path, capsys):
     assert typed(capsys, "export", copy, "--tree", tmp_path / "c").returncode == 2
 
 
-def test_a_secret_stops_the_export(copy, tmp_path, capsys):
+def test_trust_a_secret_stops_the_export(copy, tmp_path, capsys):
     (copy / "config.yaml").chmod(0o644)
     (copy / "config.yaml").write_text("token: hf_" + "x" * 34)
     done = typed(capsys, "export", copy, "--dest", tmp_path / "assets")
@@ -152,7 +152,7 @@ def test_a_secret_stops_the_export(copy, tmp_path, capsys):
     assert not (tmp_path / "assets").exists()
 
 
-def test_promotion_and_sampling_by_name(finished, copy, tmp_path, capsys, monkeypatch):
+def test_trust_promotion_and_sampling_by_name(finished, copy, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MINSNR_MODELS", str(tmp_path / "models"))
     assert typed(capsys, "promote", finished, "tiny").stdout.startswith("local://tiny@1 ")
     drawn = typed(capsys, "sample", "local://tiny@1", "--n", 4, "--size", "8x8", "--out", tmp_path)
@@ -168,7 +168,7 @@ def test_promotion_and_sampling_by_name(finished, copy, tmp_path, capsys, monkey
 # --- resume, continue, fork -----------------------------------------------------------------------
 
 
-def test_a_strict_resume_refuses_what_changes_bits(copy, capsys):
+def test_trust_a_strict_resume_refuses_what_changes_bits(copy, capsys):
     status = copy / "meta/status.json"
     status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "interrupted"}))
     stamp = copy / "meta/provenance.json"
@@ -191,7 +191,7 @@ def test_a_strict_resume_refuses_what_changes_bits(copy, capsys):
     ]
 
 
-def test_continue_and_fork_know_their_parent(finished, tmp_path, capsys):
+def test_trust_continue_and_fork_know_their_parent(finished, tmp_path, capsys):
     done = typed(capsys, "continue", finished, "--steps", 15, "--run-root", tmp_path)
     child = run_dir(done.stdout)
     assert (
@@ -219,7 +219,7 @@ def test_continue_and_fork_know_their_parent(finished, tmp_path, capsys):
 # --- the index, comparison, repetition ------------------------------------------------------------
 
 
-def test_the_list_comes_from_the_index(finished, capsys):
+def test_trust_the_list_comes_from_the_index(finished, capsys):
     root = finished.parent.parent
     words = ["runs", "--run-root", root, "--columns", "loss.gamma", "--where", "state=completed"]
     (row,) = json.loads(typed(capsys, *words, "--json").stdout)
@@ -232,7 +232,7 @@ def test_the_list_comes_from_the_index(finished, capsys):
     assert typed(capsys, "runs", "--run-root", root, "--where", "nonsense").returncode == 2
 
 
-def test_compare_makes_one_page(finished, copy, tmp_path, capsys):
+def test_trust_compare_makes_one_page(finished, copy, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert typed(capsys, "compare", finished, copy, "--out", page).returncode == 0
     text = page.read_text()
@@ -243,7 +243,7 @@ def test_compare_makes_one_page(finished, copy, tmp_path, capsys):
     )
 
 
-def test_an_old_run_repeats_to_the_last_bit(finished, copy, capsys):
+def test_trust_an_old_run_repeats_to_the_last_bit(finished, copy, capsys):
     done = typed(capsys, "repro", finished, "--verify")
     assert done.stdout.strip() == "identical to step 12" and done.returncode == 0, done.stderr
     log = copy / "logs/metrics.jsonl"
@@ -257,7 +257,9 @@ def test_an_old_run_repeats_to_the_last_bit(finished, copy, capsys):
     )
 
 
-def test_changed_packages_are_taken_from_the_runs_own_lock(finished, capsys, monkeypatch, tmp_path):
+def test_trust_changed_packages_are_taken_from_the_runs_own_lock(
+    finished, capsys, monkeypatch, tmp_path
+):
     uv = tmp_path / "uv"
     uv.write_text(
         f"#!/bin/sh\necho $* >> {tmp_path}/words\nmkdir -p env/bin\n"
@@ -276,7 +278,7 @@ def test_changed_packages_are_taken_from_the_runs_own_lock(finished, capsys, mon
     assert len((tmp_path / "words").read_text().splitlines()) == 2
 
 
-def test_checks_find_a_broken_seal_in_a_fresh_process(copy):
+def test_trust_checks_find_a_broken_seal_in_a_fresh_process(copy):
     "Whoever imports the front page of a run has every check; one process more or less must not matter"
     code = "import sys; from minsnr_nb.run_layout import check_run\n"
     code += "print([c.id for c in check_run(sys.argv[1]) if not c.ok])"
@@ -286,3 +288,38 @@ def test_checks_find_a_broken_seal_in_a_fresh_process(copy):
     (copy / "artifacts/plots/late.txt").write_text("added after the seal")
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['AB.seal']", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE runs SET row = 'not json'",
+        "UPDATE runs SET config = x'ff00'",
+        "UPDATE runs SET row = '[]'",
+    ],
+)
+def test_trust_of_a_damaged_index_ends_in_one_line_and_a_new_one(finished, capsys, sql):
+    import sqlite3
+
+    root = finished.parent.parent
+    words = ["runs", "--run-root", root, "--columns", "seed"]
+    assert typed(capsys, *words).returncode == 0
+    with sqlite3.connect(root / ".index.sqlite") as db:
+        db.execute(sql)
+    db.close()
+    done = typed(capsys, *words)
+    assert done.returncode == 0 and finished.name in done.stdout
+    assert done.stderr.count("\n") == 1 and "damaged" in done.stderr and "made anew" in done.stderr
+    assert typed(capsys, *words).stderr == ""
+
+
+def test_trust_of_a_flipped_index_is_not_needed(finished, capsys):
+    root = finished.parent.parent
+    typed(capsys, "runs", "--run-root", root)
+    path = root / ".index.sqlite"
+    data = bytearray(path.read_bytes())
+    for at in range(0, len(data), 97):
+        data[at] ^= 0xFF
+    path.write_bytes(data)
+    done = typed(capsys, "runs", "--run-root", root)
+    assert done.returncode == 0 and finished.name in done.stdout and "Traceback" not in done.stderr

@@ -36,7 +36,7 @@ def files(run) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in last.glob("*.safetensors")}
 
 
-def test_resume_repeats_the_curve(tmp_path):
+def test_uncertainty_resume_repeats_the_curve(tmp_path):
     @CALLBACKS.register("stop_at_9")
     class StopAt9(Callback):
         armed = True
@@ -63,7 +63,7 @@ def test_resume_repeats_the_curve(tmp_path):
     assert [c for c in check_run(open_run(whole.path).path) if not c.ok] == []
 
 
-def test_the_network_is_trained_with_it(tmp_path):
+def test_uncertainty_the_network_is_trained_with_it(tmp_path):
     "The same run without the curve ends with another network; `none` keeps no file"
     with_it = files(train_run(SMALL, run_root=tmp_path / "a"))
     plain = files(train_run(SMALL | {"uncertainty": {"name": "none"}}, run_root=tmp_path / "b"))
@@ -79,13 +79,13 @@ def test_the_network_is_trained_with_it(tmp_path):
         ({"name": "fourier", "lr": -1.0}, "uncertainty.lr"),
     ],
 )
-def test_wrong_requests(section, says, tmp_path):
+def test_uncertainty_wrong_requests(section, says, tmp_path):
     with pytest.raises(ConfigError, match=says):
         train_run(SMALL | {"uncertainty": section}, run_root=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_weight_of_zero_is_refused(tmp_path):
+def test_uncertainty_a_weight_of_zero_is_refused(tmp_path):
     ending = {"schedule": {"name": "linear", "timesteps": 40, "zero_terminal_snr": True}}
     with pytest.raises(ConfigError, match="is 0 at t = 39, where a learned weight would divide"):
         train_run(SMALL | ending, run_root=tmp_path / "runs")

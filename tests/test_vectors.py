@@ -81,12 +81,12 @@ def close(got, wanted, rtol=RTOL):
 CASES = [(s, row) for s, v in VECTORS["schedules"].items() for row in correct(v["weights"])]
 
 
-def test_the_vectors_are_all_there():
+def test_vectors_the_vectors_are_all_there():
     assert len(CASES) + len(DENSITY_ALONE) >= 37
 
 
 @pytest.mark.parametrize("name", VECTORS["schedules"])
-def test_schedule(name):
+def test_vectors_schedule(name):
     want, schedule = VECTORS["schedules"][name], schedule_of(name)
     t = torch.tensor(want["t"])
     close(schedule.betas[t], want["beta"], rtol=1e-9)
@@ -96,7 +96,7 @@ def test_schedule(name):
 
 
 @pytest.mark.parametrize(("name", "row"), CASES, ids=[row for _, row in CASES])
-def test_row(name, row):
+def test_vectors_row(name, row):
     schedule, want = schedule_of(name), VECTORS["schedules"][name]["weights"][row]
     entry, keywords, scale = entry_of(row)
     t, snr = torch.tensor(VECTORS["schedules"][name]["t"]), schedule.snr
@@ -116,7 +116,7 @@ def test_row(name, row):
     assert fraction == pytest.approx(want["ess_fraction_w_eps"], rel=RTOL)
 
 
-def test_cosmap_contains_the_speed_of_flow_time():
+def test_vectors_cosmap_contains_the_speed_of_flow_time():
     "The published numbers are p(τ); as a weighting each level also stands for its stretch of τ"
     for name, vectors in VECTORS["schedules"].items():
         snr, t = schedule_of(name).snr, torch.tensor(vectors["t"])[1:-1]
@@ -127,7 +127,7 @@ def test_cosmap_contains_the_speed_of_flow_time():
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_min_snr_is_none_of_the_known_deviations(prediction):
+def test_vectors_min_snr_is_none_of_the_known_deviations(prediction):
     for name, vectors in VECTORS["schedules"].items():
         mine = loss_weight("min_snr", schedule_of(name).snr, prediction=prediction, gamma=5.0)
         for row, want in vectors["weights"].items():
@@ -136,7 +136,7 @@ def test_min_snr_is_none_of_the_known_deviations(prediction):
                 assert not torch.allclose(mine[torch.tensor(vectors["t"])], theirs, rtol=1e-2), row
 
 
-def test_float32_is_the_rounded_float64():
+def test_vectors_float32_is_the_rounded_float64():
     for name in VECTORS["schedules"]:
         snr = schedule_of(name).snr.float()
         for prediction in ("x0", "eps", "v"):
@@ -168,7 +168,7 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("case", LIMITS, ids=lambda case: f"{case[0]}-{dict(case[1])}")
-def test_limits(case):
+def test_vectors_limits(case):
     name, keywords = case
     ends = torch.tensor([0.0, INF], dtype=torch.float64)
     for prediction, want in zip(("x0", "eps", "v"), LIMITS[case], strict=True):
@@ -176,14 +176,14 @@ def test_limits(case):
         torch.testing.assert_close(got, numbers(want), rtol=1e-12, atol=0)
 
 
-def test_every_pointwise_weighting_has_its_limits_stated():
+def test_vectors_every_pointwise_weighting_has_its_limits_stated():
     needs_the_curve = {
         "elbo", "uniform_logsnr", "laplace", "logit_normal", "edm_lognormal", "cosmap",
     }  # fmt: skip
     assert {name for name, _ in LIMITS} | needs_the_curve == set(WEIGHTINGS)
 
 
-def test_closed_forms_in_log_snr():
+def test_vectors_closed_forms_in_log_snr():
     "Forms that contain no 0/0 and no overflow, from SNR 1e-12 to 1e12"
     log_snr = torch.linspace(-27.631, 27.631, 101, dtype=torch.float64)
     s, n = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
@@ -217,7 +217,7 @@ ORACLES = {
 
 
 @pytest.mark.parametrize("data", VECTORS["oracle_min_losses_linear"])
-def test_smallest_possible_loss(data):
+def test_vectors_smallest_possible_loss(data):
     want, schedule = (
         VECTORS["oracle_min_losses_linear"][data],
         schedule_of("linear_1e-4_0.02_T1000"),

@@ -199,7 +199,9 @@ VERSIONS = {"schema_version": 1, "contract_version": 1, "format_version": FORMAT
 def _versions(run):
     for path in files_of(run):
         facts = json_or_none(path) if path.suffix == ".json" else None
-        for key, known in VERSIONS.items() if isinstance(facts, dict) else ():
+        if not isinstance(facts, dict):
+            continue
+        for key, known in VERSIONS.items():
             if problem := later_version(facts, key, known):
                 yield path.relative_to(run.path).as_posix(), problem
 

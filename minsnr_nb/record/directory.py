@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LAYOUT_VERSION', 'LAYOUT', 'MAX_THREADS', 'RUN_NAME', 'TERMINAL', 'STATES', 'RESERVED', 'PROJECT', 'PLACES', 'HIDDEN',
-           'Entry', 'layout_table', 'Run', 'run_name', 'manifest_of', 'status_record', 'summarise', 'write_summary',
-           'create_run', 'strange_entries', 'refuse_strange', 'later_version', 'version_problem', 'open_run',
-           'list_runs', 'find_run']
+           'Entry', 'layout_table', 'Run', 'run_name', 'manifest_of', 'status_record', 'summarise', 'prefix_of',
+           'write_summary', 'create_run', 'strange_entries', 'refuse_strange', 'later_version', 'version_problem',
+           'open_run', 'list_runs', 'find_run']
 
 # %% ../../nbs/record/15_directory.ipynb #f84cd40b
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -20,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import durable
 from ..errors import ConfigError
@@ -223,8 +224,6 @@ def summarise(
 ) -> dict:  # Content of metrics.json
     "Compute the summary of the numbers in a log"
     size = durable.whole_lines(run.metrics_path) if size is None else size
-    with open_plain(run.metrics_path) as f:
-        data = f.read(size)
     numbers: dict[str, dict] = {}
     last_step = None
     for record in read_log(run.metrics_path, size):
@@ -232,15 +231,28 @@ def summarise(
         for name, value in record.items():
             if name not in RESERVED:
                 _count(numbers.setdefault(name, _Empty.copy()), value, record["step"])
-    source = {"path": "logs/metrics.jsonl", "bytes": len(data), "lines": data.count(b"\n")}
+    source = {"path": "logs/metrics.jsonl", **prefix_of(run.metrics_path, size)[1]}
     return {
         "schema_version": 1,
         "run_id": run_id,
         "last_step": last_step,
         "final": {name: s["last"] for name, s in numbers.items()},
         "summary": numbers,
-        "source": source | {"sha256": durable.digest(data)},
+        "source": source,
     }
+
+# %% ../../nbs/record/15_directory.ipynb #9ea337df
+def prefix_of(
+    path: Path,  # A log
+    size: int,  # Bytes from its beginning
+) -> tuple[Any, dict]:  # The digest in the making, to go on with, and {bytes, lines, sha256}
+    "Digest the beginning of a log, without holding it in memory"
+    hashed, lines, done = hashlib.sha256(), 0, 0
+    with open_plain(path) as f:
+        while data := f.read(min(1 << 20, size - done)):
+            hashed.update(data)
+            done, lines = done + len(data), lines + data.count(b"\n")
+    return hashed, {"bytes": done, "lines": lines, "sha256": hashed.hexdigest()}
 
 # %% ../../nbs/record/15_directory.ipynb #6af5a83d
 _Empty = {"count": 0, "min": None, "max": None, "last": None, "last_step": None}
@@ -353,11 +365,9 @@ def _sweep(home: Path, older_s: float = 86_400.0) -> None:
 
 # %% ../../nbs/record/15_directory.ipynb #fb78d2e0
 PLACES = {e.path.split("/")[0] for e in LAYOUT} | {"notebook", "samples"}
-HIDDEN = (
-    re.compile(  # of durable, of a set or checkpoint in the making, of file systems, of Jupyter
-        r"\.(tmp|gone|new)-[0-9a-f]{12}|\.desk-\w+-[0-9a-f]{8}|\.step_[\w.+=@-]+|\.nfs\w+|\.fuse_hidden\w+|\.DS_Store"
-        r"|\.ipynb_checkpoints"
-    )
+HIDDEN = re.compile(  # of durable, of a set or checkpoint in the making, of file systems, of Jupyter
+    r"\.(tmp|gone|new)-[0-9a-f]{12}|\.desk-\w+-[0-9a-f]{8}|\.step_[\w.+=@-]+|\.nfs\w+|\.fuse_hidden\w+|\.DS_Store"
+    r"|\.ipynb_checkpoints"
 )
 
 

@@ -19,7 +19,7 @@ from .. import durable
 from ..errors import ConfigError, MinsnrError
 from ..guard import holds_token, inside, places_in
 from .directory import RESERVED, Run
-from .events import as_number, read_events
+from .events import as_number, each_event
 from .provenance import command, source_digest
 from .strict_json import read_json, to_json, utc_now
 from ..settings import project_root
@@ -158,7 +158,7 @@ def find_evaluation(
 # %% ../../nbs/record/21_evaluations.ipynb #e1f6e76a
 def _logged(run: Run) -> Iterator[dict]:
     "Evaluations of a run from before there were records, as far as its log knows them"
-    for event in read_events(run):
+    for event in each_event(run):
         if event["kind"] == "eval":
             values = {k: v for k, v in event.items() if k not in RESERVED}
             weights = {"slot": "last", "step": event["step"], "sha256": None}

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['NAME', 'KINDS', 'MAX_PRINTED', 'MORE', 'EventError', 'check_name', 'as_number', 'event_line', 'rewind', 'EventLog',
-           'read_events', 'to_frame', 'lifecycle', 'printed']
+           'each_event', 'read_events', 'to_frame', 'lifecycle', 'printed']
 
 # %% ../../nbs/record/18_events.ipynb #754b144b
-import hashlib
 import json
 import math
 import re
@@ -22,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import durable
 from ..errors import MinsnrError
-from ..guard import holds_token, open_plain, read_plain
+from ..guard import holds_token, read_plain
 from .strict_json import MAX_LINE, read_log
-from .directory import RESERVED, Run
-from .directory import write_summary
+from .directory import RESERVED, Run, prefix_of, write_summary
 from .state import fence
 
 if TYPE_CHECKING:
@@ -122,9 +120,8 @@ class EventLog:
         self.guard: Callable[[dict], None] | None = None  # asked before each line
         # a line torn by a kill would swallow the next one
         rewind(run, durable.whole_lines(run.metrics_path), attempt)
-        with open_plain(run.metrics_path) as f:
-            data = f.read()
-        self._hash, self._bytes, self._lines = hashlib.sha256(data), len(data), data.count(b"\n")
+        self._hash, facts = prefix_of(run.metrics_path, run.metrics_path.stat().st_size)
+        self._bytes, self._lines = facts["bytes"], facts["lines"]
         self._out = durable.Appender(run.metrics_path)
 
     def log(self, step: int, kind: str, values: dict[str, Any], time: float | None = None) -> None:
@@ -159,12 +156,19 @@ class EventLog:
         self.close()
 
 # %% ../../nbs/record/18_events.ipynb #5a172abe
-def read_events(
+def each_event(
     run: Run | str | Path,  # A run, its directory, or a JSONL file
-) -> list[dict]:  # One dictionary per event
-    "Read the log; a torn last line is dropped, other damage is an error that names the line"
+) -> Iterator[dict]:  # One dictionary per event
+    "Read the log, event by event; a torn last line is dropped, other damage is an error that names the line"
     path = run.metrics_path if isinstance(run, Run) else Path(run)
-    return list(read_log(Run(path).metrics_path if path.is_dir() else path))
+    return read_log(Run(path).metrics_path if path.is_dir() else path)
+
+
+def read_events(
+    run: Run | str | Path,  # As for `each_event`
+) -> list[dict]:  # One dictionary per event
+    "Read the whole log"
+    return list(each_event(run))
 
 # %% ../../nbs/record/18_events.ipynb #968c3f85
 def to_frame(
@@ -174,7 +178,7 @@ def to_frame(
     "Read the log as a table"
     import pandas as pd
 
-    rows = [e for e in read_events(run) if kind in (None, e["kind"])]
+    rows = [e for e in each_event(run) if kind in (None, e["kind"])]
     for row in rows:
         row |= {name: float(odd) for name, odd in row.pop("nonfinite", {}).items()}
     return pd.DataFrame(rows, columns=None if rows else ["step", "time", "kind", "attempt"])

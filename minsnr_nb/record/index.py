@@ -11,6 +11,7 @@ import operator
 import os
 import re
 import sqlite3
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from functools import lru_cache
@@ -21,7 +22,7 @@ import yaml
 
 from .. import durable
 from ..config import leaves
-from ..errors import ConfigError, MinsnrError, nearest
+from ..errors import ConfigError, MinsnrError, MinsnrWarning, nearest
 from ..strict_yaml import read_yaml
 from ..guard import read_plain
 from .strict_json import read_json
@@ -201,10 +202,12 @@ def run_rows(
         [*columns, *(k for k, _, _ in tests), *([sort.lstrip("-")] if sort else [])]
     )
     fields = "path, row, config, final" if extra else "path, row, '{}', '{}'"
-    with closing(_open(root)) as db:
-        refresh(root, db)
-        found = db.execute(f"SELECT {fields} FROM runs ORDER BY path").fetchall()
-    rows = [_row(root, record, extra) for record in found]
+    try:
+        found, rows = _read(root, fields, extra)
+    except (sqlite3.DatabaseError, ValueError, TypeError, KeyError) as e:
+        durable.remove(root / ".index.sqlite")
+        warnings.warn(f"{root}/.index.sqlite: damaged ({e}); made anew", MinsnrWarning, 2)
+        found, rows = _read(root, fields, extra)
     _refuse_unknown(extra, rows, found)
     rows = [r for r in rows if all(_holds(r[1].get(k), op, v) for k, op, v in tests)]
     if sort:
@@ -213,6 +216,14 @@ def run_rows(
         have.sort(key=lambda r: r[1][key], reverse=sort.startswith("-"))
         rows = have + [r for r in rows if r[1].get(key) is None]
     return [row | {k: more[k] for k in columns} for row, more in rows]
+
+# %% ../../nbs/record/27_index.ipynb #892ecdeb
+def _read(root: Path, fields: str, extra: Iterable[str]) -> tuple[list, list]:
+    "Every row of the cache, as stored and as shown"
+    with closing(_open(root)) as db:
+        refresh(root, db)
+        found = db.execute(f"SELECT {fields} FROM runs ORDER BY path").fetchall()
+    return found, [_row(root, record, extra) for record in found]
 
 # %% ../../nbs/record/27_index.ipynb #df1a8c9b
 def _row(root: Path, record: tuple[str, str, str, str], extra) -> tuple[dict, dict]:

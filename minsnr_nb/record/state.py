@@ -230,7 +230,12 @@ def start_attempt(
         "desk": durable.open_desk(run.path, f"attempt{number}").name,
         "ended": None,
     }
-    if not durable.claim(run.attempts / f"{number:04d}.json", to_json(facts)):
+    try:
+        mine = durable.claim(run.attempts / f"{number:04d}.json", to_json(facts))
+    except Displaced:  # the winner has cleared our desk away
+        mine = False
+    if not mine:
+        durable.close_desk(run.path)
         raise ConfigError(f"{run.path}: another process has just claimed attempt {number}")
     durable.clear_desks(run.path)
     _tidy(run, number)
