@@ -47,7 +47,7 @@ def series(
                 out[name], stride[name] = points[::2], 2 * every
     return out
 
-
+# %% ../../nbs/record/28_compare.ipynb #d9bc8f7c
 def _shown(name: str) -> bool:
     wanted = name == "train/loss" or name.startswith(("eval/", "probe/"))
     return wanted and not re.search(r"/bin\d+$|/se$", name)
