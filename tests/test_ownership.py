@@ -16,6 +16,7 @@ from minsnr_nb.errors import ConfigError
 from minsnr_nb.record import state
 from minsnr_nb.record.directory import open_run
 from minsnr_nb.record.events import EventLog, read_events
+from minsnr_nb.record.index import run_rows
 from minsnr_nb.record.state import attempts_of, derive_state, lives, refuse_owner, start_attempt
 from minsnr_nb.train_loop import Callback
 from tests.harness.lab import LIGHT, Lab, different, invalid, things
@@ -114,6 +115,21 @@ def test_ownership_of_a_beating_heart_is_not_judged_by_clocks(run, owner, skew, 
     assert derive_state(run) in ("running", "lost")  # a list waits for its own second look
     time.sleep(1.1)
     assert derive_state(run) == "lost"
+
+
+def test_ownership_that_nobody_can_ask_about_is_lost_in_the_second_list(run, owner, monkeypatch):
+    "Each list is a process of its own; the index remembers what the first one saw"
+    child = owner()
+    child.kill()
+    child.wait()
+    monkeypatch.setattr(state, "is_local", lambda path: False)
+    root, states = run.path.parent.parent, []
+    for patience in (60.0, 0.01):
+        monkeypatch.setattr(state, "_seen", {})
+        monkeypatch.setattr(state, "PATIENCE", patience)
+        states += [row["state"] for row in run_rows(root)]
+        time.sleep(0.05)
+    assert states == ["running", "lost"]
 
 
 def test_ownership_is_taken_by_force_and_the_former_owner_told(lab, run, owner):

@@ -27,7 +27,7 @@ from ..strict_yaml import read_yaml
 from ..guard import read_plain
 from .strict_json import read_json
 from .directory import TERMINAL, Run, refuse_strange
-from .state import derive_state, read_status
+from .state import derive_state, read_status, recall
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -223,7 +223,14 @@ def _read(root: Path, fields: str, extra: Iterable[str]) -> tuple[list, list]:
     with closing(_open(root)) as db:
         refresh(root, db)
         found = db.execute(f"SELECT {fields} FROM runs ORDER BY path").fetchall()
-    return found, [_row(root, record, extra) for record in found]
+        db.execute("CREATE TABLE IF NOT EXISTS watched (path TEXT PRIMARY KEY, signs TEXT, since)")
+        recall({path: (sign, float(t)) for path, sign, t in db.execute("SELECT * FROM watched")})
+        rows = [_row(root, record, extra) for record in found]
+        seen = [(p, *facts) for p, facts in recall({}).items() if p.startswith(f"{root}/")]
+        if seen:
+            with suppress(sqlite3.OperationalError), db:
+                db.executemany("INSERT OR REPLACE INTO watched VALUES (?, ?, ?)", seen)
+    return found, rows
 
 # %% ../../nbs/record/27_index.ipynb #df1a8c9b
 def _row(root: Path, record: tuple[str, str, str, str], extra) -> tuple[dict, dict]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'NOT_NUMBERS', 'FROZEN', 'fence', 'set_status', 'read_status', 'beat', 'owner_of', 'is_ours', 'lives',
-           'signs', 'still_for', 'label', 'derive_state', 'watch', 'owner_said', 'attempts_of', 'refuse_owner',
-           'start_attempt']
+           'signs', 'still_for', 'recall', 'label', 'derive_state', 'watch', 'owner_said', 'attempts_of',
+           'refuse_owner', 'start_attempt']
 
 # %% ../../nbs/record/16_state.ipynb #cd5ce3c1
 import os
@@ -131,6 +131,20 @@ def still_for(run: Run) -> float:
     if _seen.get(key, ("",))[0] != now:
         _seen[key] = now, time.monotonic()
     return time.monotonic() - _seen[key][1]
+
+
+def recall(
+    seen: dict[
+        str, tuple[str, float]
+    ],  # Path of a run -> its signs, and the moment they were first seen
+) -> dict[
+    str, tuple[str, float]
+]:  # All that is known now, in the same form; moments in Unix seconds
+    "Go on watching where an earlier process of ours left off"
+    shift = time.time() - time.monotonic()
+    for path, (sign, moment) in seen.items():
+        _seen.setdefault(path, (sign, min(moment - shift, time.monotonic())))
+    return {path: (sign, since + shift) for path, (sign, since) in _seen.items()}
 
 # %% ../../nbs/record/16_state.ipynb #d57a7e01
 NOT_NUMBERS = ("NonFiniteLoss", "NonFiniteWeights")  # exceptions that end a run as diverged
