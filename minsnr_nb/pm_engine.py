@@ -19,6 +19,7 @@ Papermill imports this module in every process it starts: no torch, no work at i
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import tempfile
@@ -244,6 +245,7 @@ def _terminated(signum, frame):
 
 def _interrupted(manager: StudyManager, e: KeyboardInterrupt) -> click.ClickException:
     "What is said after Ctrl-C or SIGTERM, with the exit code that shells use"
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks that waited for the kernel
     runs = manager.runs()
     again = f"; `-p resume {runs[-1]}` continues" if runs else ""
     return _ended(f"interrupted{again}", 128 + (e.args[0] if e.args else signal.SIGINT))
