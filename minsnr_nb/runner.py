@@ -395,12 +395,12 @@ def _look(run: Run, lab: Lab, allow: tuple[str, ...], warn: Callable) -> _Claim:
     return _Claim(number, found, changes)
 
 # %% ../nbs/71_runner.ipynb #f4bdaecb
-def _take(run: Run, lab: Lab, claim: _Claim, force: bool) -> _Claim:
+def _take(run: Run, lab: Lab, claim: _Claim) -> _Claim:
     "Own the run, with its log where the checkpoint left it"
     facts: dict[str, Any] = {"device": str(lab.device), "torch": torch.__version__}
     facts |= {"overrides_allowed": sorted(claim.changes)}
     origin = _origin(claim.found) if claim.found else None
-    attempt = start_attempt(run, origin, facts, claim.attempt, force)
+    attempt = start_attempt(run, origin, facts, claim.attempt)
     found, _ = find_checkpoint(run)  # once more: now nobody else can change it
     unseal(run)
     if read_status(run)["state"] != "completed":
@@ -455,7 +455,7 @@ def run_to_end(
         claim = _look(run, lab, allow, warn)
         refuse_owner(run, force, warn)
         with desk(run.path, f"attempt{claim.attempt}"):
-            _go_on(run, lab, _take(run, lab, claim, force), warn, begin)
+            _go_on(run, lab, _take(run, lab, claim), warn, begin)
             close(run)
     return run
 

@@ -132,6 +132,17 @@ def test_ownership_that_nobody_can_ask_about_is_lost_in_the_second_list(run, own
     assert states == ["running", "lost"]
 
 
+def test_ownership_is_watched_once_before_a_resume(lab, run, owner, monkeypatch, capsys):
+    child, said = owner(), []
+    child.kill()
+    child.wait()
+    monkeypatch.setattr(state, "is_local", lambda path: False)
+    monkeypatch.setattr(state, "PATIENCE", 0.2)
+    runner.run_to_end(run, lab.lab, warn=said.append)
+    assert [line for line in said if "has not moved" in line] == said[:1]
+    assert "has not moved" not in capsys.readouterr().out and not invalid(run, "L3")
+
+
 def test_ownership_is_taken_by_force_and_the_former_owner_told(lab, run, owner):
     child = owner()
     with pytest.raises(ConfigError, match="--force"):
@@ -164,7 +175,7 @@ def test_ownership_is_claimed_for_what_was_looked_at(lab, run, tmp_path):
     lab.train(run)
     before = things(run)
     with pytest.raises(ConfigError, match="another process has just claimed attempt 1"):
-        runner._take(run, lab.lab, claim, False)
+        runner._take(run, lab.lab, claim)
     assert different(run, before) == [] and not invalid(run, "L3")
 
 
@@ -174,7 +185,7 @@ def test_ownership_that_comes_after_a_completion_changes_nothing(lab, run):
     before, said = things(run), []
     claim = runner._look(run, lab.lab, (), said.append)
     with durable.desk(run.path, "test"):
-        runner._go_on(run, lab.lab, runner._take(run, lab.lab, claim, True), said.append, None)
+        runner._go_on(run, lab.lab, runner._take(run, lab.lab, claim), said.append, None)
         runner.close(run)
     assert "another process has completed it" in said[-1]
     assert different(run, before) == [] and not invalid(run, "L3")

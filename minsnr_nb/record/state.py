@@ -233,9 +233,10 @@ def start_attempt(
     force: bool = False,  # Take it from a living owner
 ) -> int:  # The attempt's number, from 1
     "Claim a run for this process, exclusively"
-    number = number or _newest_attempt(run) + 1
-    if number > 1:
-        refuse_owner(run, force)
+    if number is None:  # who looked has judged the owner, too
+        number = _newest_attempt(run) + 1
+        if number > 1:
+            refuse_owner(run, force)
     facts = pulse((resumed_from or {}).get("step", 0), number) | {
         "started_at_utc": utc_now(),
         "resumed_from": resumed_from,
