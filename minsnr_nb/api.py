@@ -261,7 +261,7 @@ def eval_run(
     cfg = config_of(run)
     asked = load(run.config_path, *([config] if config else []), overrides=overrides).cfg
     _only(("eval", "sampler", "metrics", "callbacks"), cfg, asked)
-    refuse_owner(run)  # the log belongs to the process that trains
+    refuse_owner(run, tell=warn)  # the log belongs to the process that trains
     model, _ = load_network(run, weights, device)
     lab, step = build(asked, device), _weights_step(run, weights)
     refuse_other_data(run, lab, allow)
@@ -271,7 +271,7 @@ def eval_run(
         decides = decided(asked, model, step, lab.device, cfg, weights)
         record = new_evaluation("eval", decides, values)
         about = Judged(run, record["id"], weights, step, model, lab.evaluator.draw, asked)
-        refuse_owner(run)
+        refuse_owner(run, tell=warn)
         _keep(about, record, guests, own=asked == cfg and weights == "last", warn=warn)
     return run, values
 

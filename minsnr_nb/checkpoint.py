@@ -162,10 +162,9 @@ def _refuse_non_finite(loop: Loop) -> None:
     state = loop.state
     for network in (state.model, state.ema.model):
         tensors = {k: v for k, v in network.state_dict().items() if v.is_floating_point()}
-        sums = torch.stack([v.double().abs().sum() for v in tensors.values()])
-        if not torch.isfinite(sums).all():
-            bad = torch.isfinite(sums).logical_not().nonzero()[0]
-            raise NonFiniteWeights(state.step, list(tensors)[int(bad)])
+        finite = torch.stack([torch.isfinite(v).all() for v in tensors.values()]).tolist()
+        if not all(finite):
+            raise NonFiniteWeights(state.step, list(tensors)[finite.index(False)])
 
 # %% ../nbs/52_checkpoint.ipynb #70fb2d14
 def _announce(folder: Path, keep: int = KEEP) -> None:
@@ -193,9 +192,9 @@ def settle(
     if champion and champion.is_dir():
         _announce(champion, keep=1)
         _write_weights(run, champion, "best")
-    announced = current(run.ckpts_best).get("dir")
+    announced = current(run.ckpts_best).get("dir")  # stays when its step has yet to come again
     for other in generations(run.ckpts_best):
-        if other != champion and not (champion is None and other.name == announced):
+        if other.name != announced:
             remove(other)
     if folder:
         _announce(folder)

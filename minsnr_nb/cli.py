@@ -323,13 +323,14 @@ def _continue(
     steps: Annotated[int, {"opt": True, "required": True}],  # The new end, counted from the start
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
     run_root: _Dir = None,  # Where the new run lives; beside the old one when not given
+    allow: _Each = None,  # data: although the images have changed
     trust_code: _Hash = None,  # Accept the run's own code, once you have read it
 ) -> None:
     "Train longer, in a new run: minsnr continue RUN --steps 20000"
     from minsnr_nb.api import continue_run
 
     where: dict = {"device": device, "run_root": run_root, "announce": announce, "warn": _warn}
-    continue_run(run, steps, **where)
+    continue_run(run, steps, allow=tuple(allow or ()), **where)
 
 # %% ../nbs/73_cli.ipynb #65d9eace
 @_verb("export")

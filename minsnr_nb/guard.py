@@ -247,10 +247,10 @@ def weights_facts(
     path: str | Path,  # A .safetensors file
 ) -> dict[str, str]:  # What its writer noted beside the tensors
     "Read what a tensor file says about itself, without its numbers"
-    with open(path, "rb") as f:
-        start = f.read(8)
+    with open_plain(path) as f:
+        start, size = f.read(8), os.fstat(f.fileno()).st_size
         head = start + f.read(min(MAX_HEADER, int.from_bytes(start, "little")))
-    return tensor_header(head, path, os.stat(path).st_size).metadata
+    return tensor_header(head, path, size).metadata
 
 
 def same_tensors(*paths: Path) -> bool:

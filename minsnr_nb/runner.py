@@ -382,9 +382,8 @@ class _Claim(NamedTuple):
 
 def _look(run: Run, lab: Lab, allow: tuple[str, ...], warn: Callable) -> _Claim:
     "Which attempt would be next, from where it would go on, and whether it may"
-    number = (
-        len(attempts_of(run)) + 1
-    )  # before all else: what changes meanwhile makes the claim fail
+    # before all else: what changes meanwhile makes the claim fail
+    number = len(attempts_of(run)) + 1
     found, damaged = find_checkpoint(run)
     for problem in damaged:
         warn(f"{run.id}: {problem}; using the checkpoint before it")
@@ -418,9 +417,8 @@ def _train(run: Run, lab: Lab, loop: Loop, attempt: int, warn: Callable[[str], N
     with heart, recorded(run, loop, attempt), catching(service):
         train(loop)
         service.check(loop)
-        lifecycle(
-            run, "completed", attempt=attempt, step=loop.state.step
-        )  # before it may be sealed
+        # while nobody may seal it yet
+        lifecycle(run, "completed", attempt=attempt, step=loop.state.step)
 
 # %% ../nbs/71_runner.ipynb #d57a7e03
 def _go_on(run: Run, lab: Lab, claim: _Claim, warn: Callable, begin: Callable | None) -> None:
@@ -488,19 +486,24 @@ def refuse_other_data(
     allow: tuple[str, ...] = (),  # "data" lets other images pass
 ) -> None:
     "Refuse to go on with images that are not those of the run"
+    _known(allow, ("data",))
     changes = data_changes(run, lab) if "data" not in allow else {}
     if changes:
         raise ConfigError(f"{run.path}: other data: {changes['data']}; --allow data takes it")
 
+
+def _known(allow: tuple[str, ...], names: tuple[str, ...]) -> None:
+    "Refuse to allow what is nothing"
+    for name in set(allow) - set(names):
+        raise ConfigError(f"--allow {name}: nothing of that name" + nearest(name, names))
+
 # %% ../nbs/71_runner.ipynb #d57a7e05
 def _refuse(run: Run, changes: dict[str, str], allow: tuple[str, ...]) -> None:
     "Refuse to resume a strict run where bits would change"
-    known = ("code", "torch", "num_threads", "device", "world_size", "data")
-    for name in set(allow) - set(known):
-        raise ConfigError(f"--allow {name}: nothing of that name" + nearest(name, known))
-    rest = [k for k in changes if k not in allow]
+    _known(allow, ("code", "torch", "num_threads", "device", "world_size", "data"))
     strict = run.provenance()["determinism"]["mode"] == "strict"
-    if rest and (strict or "data" in rest):
+    rest = [k for k in changes if k not in allow and (strict or k == "data")]
+    if rest:
         listed = "; ".join(f"{k}: {changes[k]}" for k in rest)
         how = " ".join(f"--allow {k}" for k in rest)
         raise ConfigError(

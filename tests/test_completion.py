@@ -153,3 +153,15 @@ def test_completion_resume_of_a_completed_run_that_is_not_sound_fails(whole, tmp
     _without("artifacts/grids/step_000000008.png")(run)
     with pytest.raises(runner.RunFailed, match=r"not sealed.*step_000000008\.png"):
         api.resume_run(run.path)
+
+
+def test_completion_keeps_the_best_of_a_step_that_comes_again(lab, tmp_path):
+    "The newest checkpoint is damaged, and the best belongs to it"
+    run = lab.whole(tmp_path)
+    best = json.loads((run.ckpts_best / "CURRENT.json").read_text())["dir"]
+    older = run.ckpts_last / "step_000000006"
+    state = json.loads((older / "state.json").read_text())
+    (older / "state.json").write_text(json.dumps(state | {"best": state["best"] | {"step": 3}}))
+    checkpoint.settle(run, older, 1)
+    assert (run.ckpts_best / best).is_dir()
+    assert json.loads((run.ckpts_best / "CURRENT.json").read_text())["dir"] == best

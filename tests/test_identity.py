@@ -77,11 +77,14 @@ def test_identity_of_images_is_compared_by_eval_fork_and_repro(pictures, tmp_pat
     for call in (
         lambda **how: api.eval_run(run.path, device="cpu", **how),
         lambda **how: api.fork_run(run.path, overrides=("train.steps=9",), device="cpu", **how),
+        lambda **how: api.continue_run(run.path, 9, device="cpu", **how),
         lambda **how: api.verify_run(run.path, device="cpu", **how),
     ):
         with pytest.raises(ConfigError, match=r"other data: pictures.*--allow data"):
             call()
     assert sorted(p.name for p in run.path.parent.iterdir()) == before
+    with pytest.raises(ConfigError, match="--allow dta: nothing of that name; did you mean 'data'"):
+        api.eval_run(run.path, device="cpu", allow=("dta",))
     api.eval_run(run.path, device="cpu", allow=("data",))
     api.fork_run(run.path, overrides=("train.steps=9",), device="cpu", allow=("data",))
 

@@ -23,20 +23,6 @@ from tests.runs import ROOT, SMALL, environment, typed
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    from minsnr_nb.api import train_run
-
-    root = tmp_path_factory.mktemp("strangers")
-    (root / "small.yaml").write_text(SMALL)
-    return train_run(root / "small.yaml", run_root=root / "runs").path
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "runs" / "tests" / finished.name)
-
-
 # --- the gate -------------------------------------------------------------------------------------
 
 

@@ -15,21 +15,6 @@ from minsnr_nb.record.seal import audit, is_sealed, unseal
 from tests.runs import SMALL, run_dir, typed
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    from minsnr_nb.api import train_run
-
-    root = tmp_path_factory.mktemp("trust")
-    (root / "small.yaml").write_text(SMALL)
-    return train_run(root / "small.yaml", run_root=root / "runs").path
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    "The same run somewhere else, to be written to"
-    return shutil.copytree(finished, tmp_path / "runs" / "tests" / finished.name)
-
-
 def broken(path, level=None):
     return [(c.id, c.path) for c in audit(path, level) if not c.ok]
 

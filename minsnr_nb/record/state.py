@@ -212,7 +212,7 @@ def attempts_of(run: Run) -> list[dict]:
 def refuse_owner(
     run: Run,
     force: bool = False,  # Take a run over whose owner lives, or cannot be asked
-    tell: Callable[[str], None] = print,  # Called while a run is watched
+    tell: Callable[[str], None] = lambda line: None,  # Called while a run is watched
 ) -> None:
     "Keep everybody out but the living process that writes to a run"
     if (state := label(run)) in TERMINAL or is_ours(run):
