@@ -13,7 +13,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
-from itertools import islice
+from functools import cached_property
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,7 +102,7 @@ def check_run(
     level: str = "L3",  # The last level wanted
 ) -> list[Check]:  # At least one outcome per check
     "Check a run against both contracts"
-    run = Run(Path(path).resolve())
+    run = _Inspected(Path(path).resolve())
     if not run.path.is_dir():
         raise ConfigError(f"{path}: no such directory; `minsnr runs` lists the runs")
     wanted = {id: known for id, known in CHECKS.items() if known[0] <= level}
@@ -228,6 +229,54 @@ def _config(run):
         yield "config_resolved.yaml", "differs from config.resolved.yaml"
     read_yaml(read_plain(run.path / "config.yaml").decode("utf-8"), "config.yaml")
 
+# %% ../../nbs/record/22_checks.ipynb #17b5dc8b
+def _record_problem(record: dict, last: dict) -> str | None:
+    "What is wrong with one line of the metrics log, if anything"
+    step, when = record.get("step"), record.get("time")
+    if type(step) is not int or step < 0:
+        return "step: an integer of at least 0 is required"
+    if type(when) not in (int, float):
+        return "time: unix seconds are required"
+    lane = (record.get("kind"), record.get("attempt"))
+    if step < last.get(lane, 0):
+        return f"step: {step} follows {last[lane]}"
+    last[lane] = step
+    for name, value in record.items():
+        if name not in RESERVED and not (value is None or type(value) in (int, float)):
+            return f"{name}: a number or null is required"
+    return None
+
+# %% ../../nbs/record/22_checks.ipynb #2fafe144
+class _Log(NamedTuple):
+    "What one reading of the metrics log found"
+
+    summary: dict  # Of the part that metrics.json speaks of
+    problems: dict[int, str]  # Line number -> what is wrong with it
+    left_out: set[str]  # Kinds of the lines after that part
+
+
+class _Inspected(Run):
+    "A run while it is checked"
+
+    @cached_property
+    def log(self) -> _Log:
+        "The log, read once"
+        whole = durable.whole_lines(self.metrics_path)
+        size = whole if is_sealed(self) else read_json(self.summary_path)["source"]["bytes"]
+        lines, last, found, left_out = count(1), dict[tuple, int](), {}, set()
+
+        def look(record: dict) -> None:
+            number, problem = next(lines), _record_problem(record, last)
+            if problem:
+                found[number] = problem
+
+        summary = summarise(self, self.provenance()["run_id"], size, look)
+        if size < whole:
+            for record in islice(read_log(self.metrics_path), summary["source"]["lines"], None):
+                look(record)
+                left_out.add(record["kind"])
+        return _Log(summary, found, left_out)
+
 # %% ../../nbs/record/22_checks.ipynb #739829e5
 def is_sealed(run: Run) -> bool:
     "Whether there is a seal; `check_run` tells whether it holds"
@@ -247,16 +296,11 @@ def _manifest(run):
 
 @check("B.summary", "L1", "`write_summary(run)` computes metrics.json again from the log")
 def _summary(run):
-    source = read_json(run.summary_path)["source"]
-    whole = durable.whole_lines(run.metrics_path)
-    size = whole if is_sealed(run) else source["bytes"]
-    want = summarise(run, run.provenance()["run_id"], size)
-    if read_plain(run.summary_path) != to_json(want).encode():
+    log = run.log
+    if read_plain(run.summary_path) != to_json(log.summary).encode():
         yield "metrics.json", "is not the summary of logs/metrics.jsonl"
-    elif size < whole and derive_state(run) == "completed":
-        rest = islice(read_log(run.metrics_path), source["lines"], None)
-        if any(record["kind"] != "eval" for record in rest):
-            yield "metrics.json", "leaves out lines of the training"
+    elif log.left_out - {"eval"} and derive_state(run) == "completed":
+        yield "metrics.json", "leaves out lines of the training"
 
 # %% ../../nbs/record/22_checks.ipynb #5870fe8b
 def _evidence(stamp: dict) -> Iterator[dict]:
@@ -287,30 +331,10 @@ def _immutable(run):
             yield path, "was changed after it was recorded"
 
 # %% ../../nbs/record/22_checks.ipynb #8e28ddf0
-def _record_problem(record: dict, last: dict) -> str | None:
-    "What is wrong with one line of the metrics log, if anything"
-    step, when = record.get("step"), record.get("time")
-    if type(step) is not int or step < 0:
-        return "step: an integer of at least 0 is required"
-    if type(when) not in (int, float):
-        return "time: unix seconds are required"
-    lane = (record.get("kind"), record.get("attempt"))
-    if step < last.get(lane, 0):
-        return f"step: {step} follows {last[lane]}"
-    last[lane] = step
-    for name, value in record.items():
-        if name not in RESERVED and not (value is None or type(value) in (int, float)):
-            return f"{name}: a number or null is required"
-    return None
-
-
 @check("A.metrics", "L2", "a damaged log is evidence: restore it from a copy, do not edit it")
 def _metrics(run):
-    last: dict = {}
-    for number, record in enumerate(read_log(run.metrics_path), 1):
-        problem = _record_problem(record, last)
-        if problem:
-            yield f"logs/metrics.jsonl:{number}", problem
+    for number, problem in run.log.problems.items():
+        yield f"logs/metrics.jsonl:{number}", problem
     torn = run.metrics_path.stat().st_size - durable.whole_lines(run.metrics_path)
     if torn and is_sealed(run):
         yield "logs/metrics.jsonl", "the last line of a sealed run is torn"

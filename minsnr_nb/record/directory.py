@@ -17,9 +17,11 @@ import secrets
 import stat
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,20 +219,25 @@ def status_record(
 RESERVED = ("step", "time", "kind", "attempt", "nonfinite")
 
 
+def _blind(_: dict) -> None:
+    "See nothing"
+
+
 def summarise(
     run: Run,
     run_id: str,  # Identity to note
     size: int | None = None,  # Bytes of the log to use; all whole lines when None
+    look: Callable[[dict], None] = _blind,  # Shown every line, so that one reading serves two
 ) -> dict:  # Content of metrics.json
     "Compute the summary of the numbers in a log"
     size = durable.whole_lines(run.metrics_path) if size is None else size
     numbers: dict[str, dict] = {}
-    last_step = None
-    for record in read_log(run.metrics_path, size):
-        last_step = max(last_step or 0, record["step"])
-        for name, value in record.items():
-            if name not in RESERVED:
-                _count(numbers.setdefault(name, _Empty.copy()), value, record["step"])
+    last_step, records = None, read_log(run.metrics_path, size)
+    while block := list(islice(records, 256)):
+        for record in block:
+            look(record)
+        last_step = max(last_step or 0, *(record["step"] for record in block))
+        _add(numbers, block)
     source = {"path": "logs/metrics.jsonl", **prefix_of(run.metrics_path, size)[1]}
     return {
         "schema_version": 1,
@@ -258,12 +265,21 @@ def prefix_of(
 _Empty = {"count": 0, "min": None, "max": None, "last": None, "last_step": None}
 
 
-def _count(s: dict, value: float | None, step: int) -> None:
-    "Add one value; null (it was not finite) counts but is neither lowest nor highest"
-    s.update(count=s["count"] + 1, last=value, last_step=step)
-    if value is not None:
-        s["min"] = value if s["min"] is None else min(s["min"], value)
-        s["max"] = value if s["max"] is None else max(s["max"], value)
+def _add(numbers: dict[str, dict], block: list[dict]) -> None:
+    "Add a few hundred lines, name by name; null (it was not finite) is neither lowest nor highest"
+    columns, steps = defaultdict(list), dict[str, int]()
+    for record in block:
+        steps |= dict.fromkeys(record, record["step"])
+        for name, value in record.items():
+            columns[name].append(value)
+    for name, values in columns.items():
+        if name not in RESERVED:
+            s = numbers.setdefault(name, _Empty.copy())
+            s |= {"count": s["count"] + len(values), "last": values[-1], "last_step": steps[name]}
+            finite = [v for v in values if v is not None]
+            known = [] if s["min"] is None else [s["min"], s["max"]]
+            if finite:
+                s |= {"min": min(known[:1] + finite), "max": max(known[1:] + finite)}
 
 # %% ../../nbs/record/15_directory.ipynb #b2d07d58
 def write_summary(
