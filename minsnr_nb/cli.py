@@ -200,11 +200,10 @@ def _check(
     json: bool = False,  # For scripts
 ) -> int:
     "Check run directories against both contracts: minsnr check RUN … [--level L3] [--json]"
-    from minsnr_nb.record import predictions  # noqa: F401  registers its check
     from minsnr_nb.record.directory import open_run
     from minsnr_nb.record.seal import audit
 
-    found = {str(r): audit(open_run(r).path, level) for r in run}
+    found = {str(r): audit(open_run(r, damaged=True).path, level) for r in run}
     if json:
         _say(_as_json({r: [c._asdict() for c in checks] for r, checks in found.items()}))
     else:
@@ -658,6 +657,11 @@ def main(
     except KeyboardInterrupt:
         _warn("interrupted; `minsnr resume RUN` continues from the last checkpoint")
         return 128 + signal.SIGINT
-    except BrokenPipeError:
+    except OSError as e:  # a full disk behind a pipe, a file that went away
+        if debug:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if isinstance(e, BrokenPipeError):
+            return 0
+        _warn(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}; --debug shows where")
+        return 1

@@ -412,15 +412,34 @@ def publish(staging, final) -> Path:
 def publish_files(final, files: Mapping[str, Data]) -> Path:
     "Make a directory of files visible at once, or leave nothing; a name ending in / is a directory"
     final = Path(final)
-    staging = _hidden(final, "new")
+    make_dir(final.parent)
+    with _swept(final.parent):
+        staging = _hidden(final, "new")
+        try:
+            for name, data in files.items():
+                make_dir(staging / name if name.endswith("/") else (staging / name).parent)
+                if not name.endswith("/"):
+                    create(staging / name, data)
+            return publish(staging, final)
+        finally:
+            remove(staging)
+
+
+@contextmanager
+def _swept(folder: Path):
+    "Have a desk in a directory, and remove those of processes that died there while they published"
+    if _desk_of(folder / "anything"):
+        yield
+        return
+    with alone(folder):  # so that a desk is locked when another process looks at it
+        for place in folder.glob(".desk-publish-*"):
+            if is_held(place) is False:
+                shutil.rmtree(place, ignore_errors=True)
+        open_desk(folder, "publish")
     try:
-        for name, data in files.items():
-            make_dir(staging / name if name.endswith("/") else (staging / name).parent)
-            if not name.endswith("/"):
-                create(staging / name, data)
-        return publish(staging, final)
+        yield
     finally:
-        remove(staging)
+        close_desk(folder)
 
 
 def remove(path) -> None:

@@ -40,6 +40,12 @@ class Evaluator:
     sigma_data: float = SIGMA_DATA  # Standard deviation of the data, for F
     device: torch.device = torch.device("cpu")  # noqa: RUF009
 
+    def __post_init__(self):
+        sets = {"training": self.train, "held-out": self.test}
+        if few := [f"{len(s)} {kind}" for kind, s in sets.items() if self.metrics and len(s) < 2]:
+            needs = "comparing sets needs at least 2 of each; metrics=[] trains without"
+            raise ConfigError(f"data: {' and '.join(few)} image: {needs}")
+
     def draw(self, model: nn.Module, n: int, seed: int | None = None) -> Tensor:
         "Draw samples; image number i always starts from the same noise"
         rng = stream(self.seed if seed is None else seed, "sample")

@@ -7,7 +7,6 @@ __all__ = ['STREAMS', 'switches', 'new_run', 'tell_papermill', 'Heartbeat', 'Run
            'decided', 'make_loop', 'quiet', 'close', 'run_to_end', 'data_changes', 'refuse_other_data']
 
 # %% ../nbs/71_runner.ipynb #79706e11
-import json
 import os
 import statistics
 import threading
@@ -31,7 +30,7 @@ from .evaluate import report
 from .record.evaluations import decided_by, deciding, keep_evaluation, new_evaluation
 from .record.events import EventLog, lifecycle, printed, rewind
 from .lab import Lab
-from .record.provenance import Evidence, collect, source_digest
+from .record.provenance import Evidence, collect, papermill_call, source_digest
 from .settings import project_root, settings
 from .guard import places_in
 from .requests import Requests, Stopped, catching
@@ -152,9 +151,8 @@ def tell_papermill(
     run: Run,  # Just created
 ) -> None:
     "Add a run to the list of the engine that executes this notebook, if there is one"
-    record = json.loads(os.environ.get("MINSNR_PM", "{}"))
-    if record.get("runs_list"):
-        with Appender(record["runs_list"]) as runs:
+    if place := papermill_call().get("runs_list"):
+        with Appender(place) as runs:
             runs.line(str(run.path))
 
 # %% ../nbs/71_runner.ipynb #d0101356

@@ -380,3 +380,45 @@ def test_cli_core_needs_nothing_of_the_laboratory(tmp_path):
     ):
         done = subprocess.run([*python, *words], **options)
         assert done.returncode == 0, (words, done.stderr)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_cli_a_full_standard_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [BIN / "minsnr", "list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+    assert done.returncode == 1
+    assert done.stderr == "minsnr: No space left on device; --debug shows where\n"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"runs_list": 3}', '{"parameters": []}'])
+def test_cli_a_wrong_word_of_the_engine_is_refused_before_a_run(
+    text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("MINSNR_PM", text)
+    monkeypatch.setenv("MINSNR_RUNS", str(tmp_path / "runs"))
+    done = typed(capsys, "train", ROOT / "configs/smoke.yaml", "--device", "cpu")
+    assert done.returncode == 2 and "MINSNR_PM: not as" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("verb", ["resume", "eval", "sample", "fork", "promote", "export"])
+def test_cli_a_run_without_its_log_is_refused(copy, verb, capsys):
+    (copy / "logs/metrics.jsonl").unlink()
+    more = {"fork": ["train.steps=99"], "promote": ["x"]}.get(verb, [])
+    done = typed(capsys, verb, copy, *more)
+    assert done.returncode == 2 and "logs/metrics.jsonl is missing; restore" in done.stderr
+    assert typed(capsys, "check", copy).stdout.startswith("A: run layout: BROKEN")
+
+
+def test_cli_show_draws_dollars_as_dollars():
+    from minsnr_nb.show import curves, png, side_by_side
+
+    odd = r"$\frac{1}$"
+    png(curves([0, 1], {odd: [1, 2], "b": [2, 3]}, odd, odd, title=odd))
+    png(side_by_side({odd: np.zeros((2, 1, 4, 4)), "b": np.zeros((2, 1, 4, 4))}))

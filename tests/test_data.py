@@ -2,6 +2,8 @@
 
 import pickle
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 import zlib
@@ -335,3 +337,39 @@ def test_data_cifar10_keeps_the_channels_apart(tmp_path, monkeypatch):
     data = DATASETS["cifar10"](tmp_path, "train")
     assert np.array_equal(data.images.numpy(), rows.reshape(6, 3, 32, 32))
     assert data.labels.tolist() == [0, 1, 2, 3, 4, 5] and data.images.is_contiguous()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_data_large_images_are_decoded_one_at_a_time_and_not_copied(tmp_path):
+    side = 5000  # 25 million pixels: 75 MB as colours
+    folder = tmp_path / "one"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (side, side), (i, 2, 3)).save(folder / f"{i}.png", compress_level=1)
+    code = f"""
+import re
+from pathlib import Path
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin
+from minsnr_nb.images.files import read_images
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before, names = peak(), [f"one/{{i}}.png" for i in range(4)]
+read_images(Path({str(tmp_path)!r}), names[:1] * 64 + names, (3, 8, 8), 8)
+print((peak() - before) / ({side} ** 2 * 3))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 4.5  # it was 8: three copies of each, two at a time
+
+
+def test_data_two_images_are_too_few_to_compare(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "two/one"
+    folder.mkdir(parents=True)
+    for i in range(2):
+        Image.new("L", (8, 8), i).save(folder / f"{i}.png")
+    monkeypatch.setenv("MINSNR_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("MINSNR_DATA", str(tmp_path))
+    words = ["data.name=image_folder", "data.path=two", "--device", "cpu"]
+    done = typed(capsys, "train", ROOT / "configs/smoke.yaml", *words)
+    assert done.returncode == 2 and "1 training and 1 held-out image" in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -241,3 +241,25 @@ def test_durable_the_next_one_comes_in_when_the_holder_dies(tmp_path):
         holder.communicate()
     with durable.alone(tmp_path, wait_s=0.1):
         assert list(tmp_path.iterdir()) == []
+
+
+def test_durable_publishing_sweeps_after_those_that_died_there(tmp_path):
+    "A killed export leaves a hidden directory until the next one; that of a living process stays"
+    code = "import sys, time; from minsnr_nb import durable\n"
+    code += "def slow(*a): print('half', flush=True); time.sleep(60)\n"
+    code += "durable.publish = slow; durable.publish_files(sys.argv[1] + '/x', {'a': 'b'})"
+    words = [sys.executable, "-c", code, tmp_path]
+    processes = [subprocess.Popen(words, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        assert [p.stdout.readline() for p in processes] == [b"half\n"] * 2
+        assert len(list(tmp_path.glob(".desk-publish-*"))) == 2
+        processes[0].kill()
+        processes[0].wait()
+        durable.publish_files(tmp_path / "mine", {"a": "b"})
+        assert len(list(tmp_path.iterdir())) == 2  # what was published, and the living one's desk
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    durable.publish_files(tmp_path / "more", {"a": "b"})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "more"]

@@ -24,7 +24,7 @@ from .html import html_page, html_table, markup, png_tag
 from .strict_json import read_json
 from .directory import RESERVED, Run, open_run
 from .state import derive_state, read_status
-from ..show import figure, png
+from ..show import figure, literal, png
 
 # %% ../../nbs/record/28_compare.ipynb #0fad966a
 MOST = 2000  # points of a curve; a longer one is thinned while it is read
@@ -58,7 +58,8 @@ def _curve(name: str, lines: dict[str, list[tuple[int, float]]]) -> bytes:
     picture = figure(width=4.5, height=2.6)
     ax = picture.add_subplot()
     for label, points in lines.items():
-        ax.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 20 else None)
+        mark = "." if len(points) < 20 else None
+        ax.plot(*zip(*points, strict=True), label=literal(label), marker=mark)
     ax.set_xlabel("step")
     ax.set_ylabel(name)
     ax.legend(fontsize="x-small")

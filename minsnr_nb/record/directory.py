@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LAYOUT_VERSION', 'LAYOUT', 'MAX_THREADS', 'RUN_NAME', 'TERMINAL', 'STATES', 'RESERVED', 'PROJECT', 'PLACES', 'HIDDEN',
-           'Entry', 'layout_table', 'Run', 'run_name', 'manifest_of', 'status_record', 'summarise', 'prefix_of',
-           'write_summary', 'create_run', 'strange_entries', 'refuse_strange', 'later_version', 'version_problem',
-           'open_run', 'list_runs', 'find_run']
+           'ORIGINALS', 'Entry', 'layout_table', 'Run', 'run_name', 'manifest_of', 'status_record', 'summarise',
+           'prefix_of', 'write_summary', 'create_run', 'strange_entries', 'refuse_strange', 'later_version',
+           'version_problem', 'open_run', 'list_runs', 'find_run']
 
 # %% ../../nbs/record/15_directory.ipynb #f84cd40b
 import errno
@@ -454,8 +454,12 @@ def version_problem(
     return later_version(stamp, "layout_version", LAYOUT_VERSION)
 
 
+ORIGINALS = ("config.resolved.yaml", "logs/metrics.jsonl")  # what nothing else could make again
+
+
 def open_run(
     path: str | Path,  # A run directory
+    damaged: bool = False,  # Open it although something is missing, to say what
 ) -> Run:
     "Open a run directory, or say why it is none"
     path = Path(path)
@@ -464,7 +468,9 @@ def open_run(
     if (path / "meta" / "provenance.json").is_file():
         run = Run(path.resolve())
         refuse_strange(run.path)
-        if problem := version_problem(run):
+        lost = [name for name in ORIGINALS if not damaged and not (path / name).is_file()]
+        missing = f"{lost[0]} is missing; restore it from a copy" if lost else ""
+        if problem := version_problem(run) or missing:
             raise ConfigError(f"{path}: {problem}")
         return run
     inner = sorted(p.name for p in path.iterdir() if RUN_NAME.fullmatch(p.name))
