@@ -16,13 +16,21 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 from fastcore.script import anno_parser
 
-from .errors import ConfigError, MinsnrError, MinsnrWarning, nearest, printable
+from minsnr_nb.errors import (
+    ConfigError,
+    MinsnrError,
+    MinsnrWarning,
+    exhausted,
+    nearest,
+    printable,
+)
 
 # %% ../nbs/73_cli.ipynb #62888b26
 def _say(text: Any, file: Any = None) -> None:
@@ -626,12 +634,26 @@ def _warnings_once() -> Callable:
 # %% ../nbs/73_cli.ipynb #9c7bb7c2
 def _said(e: Exception) -> str:
     "One line about an error; nothing when it is none that we expect"
-    if isinstance(e, MinsnrError):
-        return str(e)
+    if isinstance(e, MinsnrError) or exhausted(e):
+        return exhausted(e) or str(e)
+    if isinstance(e, OSError):  # a full disk behind a pipe, a file that went away
+        place = f": {e.filename}" if e.filename else ""
+        return f"{e.strerror or e}{place}; --debug shows where"
     name = (getattr(e, "name", None) or "").split(".")[0]
     if name in ("", "minsnr_nb"):
         return ""
     return f"{name} is not installed; `pip install 'minsnr_nb[lab]'` brings it"
+
+
+def _ended(e: Exception, said: str) -> int:
+    "Tell an error in one line; the exit code"
+    if isinstance(e, OSError):  # what waits to be printed cannot be, at the end of Python either
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(e, BrokenPipeError):  # the reader has seen enough
+        return 0
+    _warn(said)
+    return getattr(e, "exit_code", 2 if isinstance(e, ModuleNotFoundError) else 1)
 
 # %% ../nbs/73_cli.ipynb #7f13c6d0
 def main(
@@ -644,11 +666,10 @@ def main(
         with warnings.catch_warnings():
             warnings.showwarning = _warnings_once()
             return _dispatch([w for w in words if w != "--debug"])
-    except (MinsnrError, ModuleNotFoundError) as e:
+    except (MinsnrError, ModuleNotFoundError, OSError, MemoryError, RuntimeError) as e:
         if debug or not (said := _said(e)):
             raise
-        _warn(said)
-        return getattr(e, "exit_code", 2)
+        return _ended(e, said)
     except SystemExit as e:  # no verb of ours ends like this
         if debug:
             raise
@@ -657,11 +678,3 @@ def main(
     except KeyboardInterrupt:
         _warn("interrupted; `minsnr resume RUN` continues from the last checkpoint")
         return 128 + signal.SIGINT
-    except OSError as e:  # a full disk behind a pipe, a file that went away
-        if debug:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(e, BrokenPipeError):
-            return 0
-        _warn(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}; --debug shows where")
-        return 1

@@ -193,7 +193,16 @@ def clear_desks(root) -> None:
             gone = place.with_name(f".gone-{secrets.token_hex(6)}")
             with _doing("clear", place), suppress(FileNotFoundError):
                 os.rename(place, gone)
-                shutil.rmtree(gone)
+                _delete(gone)
+
+
+def _delete(tree) -> None:
+    "Delete a hidden tree; on NFS a file that somebody has open stays under another name until it is closed"
+    try:
+        shutil.rmtree(tree)
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+            raise
 
 
 def staging(final) -> Path:
@@ -246,8 +255,9 @@ def claim(path, data: Data) -> bool:
         with _flushed_beside(path, data) as temp:
             try:
                 os.link(temp, path)  # atomic and exclusive, on old NFS as well
-            except FileExistsError:
-                return False
+            except FileExistsError:  # NFS may say so of a link that it has just made
+                if not os.path.samefile(temp, path):
+                    return False
         _fsync(path.parent)
     return True
 
@@ -450,7 +460,7 @@ def remove(path) -> None:
             gone = path if path.name.startswith(".") else _hidden(path, "gone")
             if gone != path:
                 os.rename(path, gone)
-            shutil.rmtree(gone)
+            _delete(gone)
         elif os.path.lexists(path):
             gone = path
             if _desk_of(path):  # taken to the desk first: without a desk nothing is removed

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-__all__ = ["ConfigError", "MinsnrError", "MinsnrWarning", "nearest", "printable"]
+__all__ = ["ConfigError", "MinsnrError", "MinsnrWarning", "exhausted", "nearest", "printable"]
 
 
 class MinsnrError(Exception):
@@ -21,6 +21,27 @@ class ConfigError(MinsnrError):
 
 class MinsnrWarning(UserWarning):
     "Something a person should see, told in one line; work goes on"
+
+
+_MEMORY = re.compile(
+    r"out of memory|not enough memory|can't allocate memory|cannot allocate memory"
+)
+
+
+def exhausted(
+    e: BaseException,  # What ended a computation
+) -> str:  # Which resource ran out and what helps; "" when it was something else
+    "Tell an end of resources from an error: torch raises both as RuntimeError"
+    text = str(e).lower()
+    if (
+        isinstance(e, MemoryError)
+        or isinstance(e, (RuntimeError, OSError))
+        and _MEMORY.search(text)
+    ):
+        return "out of memory; a smaller train.batch_size, eval.batch_size or model needs less"
+    if isinstance(e, RuntimeError) and "can't start new thread" in text:
+        return "no further thread can be started; `ulimit -u` and the memory limit say how many may"
+    return ""
 
 
 _CONTROLS = re.compile(  # of terminals, of the direction of writing, of lines; and what is no text

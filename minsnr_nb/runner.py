@@ -23,7 +23,7 @@ from torch import nn
 from .checkpoint import conditions, restore, settle, state_sha256
 from .record.generations import Found, find_checkpoint
 from .config import Config, Loaded, TrainSection, config_sha256
-from .errors import ConfigError, MinsnrError, nearest
+from .errors import ConfigError, MinsnrError, exhausted, nearest
 from .data import ImageSet
 from .durable import Appender, Displaced, alone, clear_desks, desk, sha256
 from .evaluate import report
@@ -273,7 +273,10 @@ def recorded(
         raise
     except (Exception, SystemExit) as e:  # an exit of a plug-in is no end of ours
         where = getattr(e, "__notes__", [])[:1]  # the callback, if it was one
-        ending.bad("failed", e, loop.state.step, ": ".join([*where, type(e).__name__, str(e)]))
+        said = [short] if (short := exhausted(e)) else [type(e).__name__, str(e)]
+        ending.bad("failed", e, loop.state.step, reason := ": ".join([*where, *said]))
+        if short:
+            raise RunFailed(f"{run.path}: {reason}") from e
         raise
     ending.good()
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -263,3 +264,34 @@ def test_durable_publishing_sweeps_after_those_that_died_there(tmp_path):
             process.communicate()
     durable.publish_files(tmp_path / "more", {"a": "b"})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "more"]
+
+
+def test_durable_a_link_that_was_made_although_it_is_said_to_exist(tmp_path, monkeypatch):
+    "NFS: the first answer is lost, the request is repeated, and the second answer is told"
+    real = os.link
+
+    def twice(*names):
+        real(*names)
+        real(*names)
+
+    with monkeypatch.context() as m:
+        m.setattr(durable.os, "link", twice)
+        assert durable.claim(tmp_path / "mine", b"1") is True
+    assert (
+        durable.claim(tmp_path / "mine", b"2") is False and (tmp_path / "mine").read_bytes() == b"1"
+    )
+
+
+def test_durable_an_open_file_on_nfs_does_not_stop_a_removal(tmp_path, monkeypatch):
+    "NFS: a removed file that somebody has open stays as .nfs…, so its directory stays as well"
+    tree = tmp_path / "step_000000001"
+    make_dir(tree)
+    create(tree / "f", b"1")
+
+    def silly(path, *args, **kwargs):
+        os.rename(Path(path, "f"), Path(path, ".nfs0001"))
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    monkeypatch.setattr(durable.shutil, "rmtree", silly)
+    remove(tree)
+    assert [p.name[:6] for p in tmp_path.iterdir()] == [".gone-"]

@@ -7,9 +7,21 @@ from contextlib import nullcontext
 
 import pytest
 
-from minsnr_nb import checkpoint, durable, runner
+from minsnr_nb import checkpoint, cli, durable, runner
 from minsnr_nb.record import generations, seal
-from tests.harness import PARTS, after, damage, faults, notebook, power, races, strangers
+from tests.harness import (
+    PARTS,
+    after,
+    damage,
+    ends,
+    faults,
+    identity,
+    notebook,
+    power,
+    races,
+    strangers,
+    syscalls,
+)
 from tests.harness.lab import Lab
 
 
@@ -21,7 +33,7 @@ def lab():
 @pytest.mark.parametrize("name", PARTS)
 def test_harness_part(name, lab):
     part, full, short = PARTS[name]
-    if name == "strangers" and not shutil.which("strace"):
+    if name in ("strangers", "syscalls") and not shutil.which("strace"):
         pytest.skip("strace is not installed (Debian: apt-get install strace)")
     ok, text = part(lab, **(full if os.environ.get("RUN_SLOW") else short))
     assert ok, text
@@ -45,13 +57,13 @@ def test_harness_without_the_rename_of_a_checkpoint_a_kill_is_found(lab, monkeyp
         shutil.rmtree(staging)
 
     monkeypatch.setattr(checkpoint, "publish", in_place)
-    ok, text = faults.operations(lab, most=30)
+    ok, text = faults.inventory(lab, most=30)
     assert not ok, text
 
 
 def test_harness_without_rewinding_the_log_a_resume_is_found(lab, monkeypatch):
     monkeypatch.setattr(runner, "rewind", lambda *_: 0)
-    ok, text = faults.operations(lab, most=30)
+    ok, text = faults.inventory(lab, most=30)
     assert not ok and "not the same" in text, text
 
 
@@ -99,3 +111,26 @@ def test_harness_without_the_replacement_a_torn_notebook_is_found(lab, monkeypat
     monkeypatch.setattr(notebook.pm_engine.WholeFiles, "write", in_place)
     ok, text = notebook.notebook(lab, 20, 0)
     assert not ok and "out.ipynb: NotJSONError" in text, text
+
+
+def test_harness_without_the_comparison_other_images_are_found(lab, monkeypatch):
+    monkeypatch.setattr(runner, "data_changes", lambda *_: {})
+    monkeypatch.setitem(identity.CHANGES, "nothing", identity.CHANGES["replaced"])
+    ok, text = identity.identity(lab, 8)
+    assert not ok and "not refused by name" in text, text
+
+
+def test_harness_without_a_word_about_memory_its_end_is_found(lab, monkeypatch):
+    for module in (runner, cli):
+        monkeypatch.setattr(module, "exhausted", lambda e: "")
+    monkeypatch.setattr(ends, "LIMITS", {"memory": ends._memory})
+    monkeypatch.setattr(ends, "DISKS", {})
+    ok, text = ends.ends(lab, 1, 0)
+    assert not ok and "Traceback" in text, text
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_harness_without_a_line_for_errors_of_the_system_they_are_found(lab, monkeypatch):
+    monkeypatch.setattr(cli, "_said", lambda e: "")
+    ok, text = syscalls.syscalls(lab, 12, 0, ("sample",))
+    assert not ok and "Traceback" in text, text

@@ -453,7 +453,7 @@ def version_problem(
     stamp = json_or_none(run.provenance_path) or {}
     return later_version(stamp, "layout_version", LAYOUT_VERSION)
 
-
+# %% ../../nbs/record/15_directory.ipynb #e2f90693
 ORIGINALS = ("config.resolved.yaml", "logs/metrics.jsonl")  # what nothing else could make again
 
 

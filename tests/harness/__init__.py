@@ -2,12 +2,25 @@
 
 from tests import hostile, property_loaders
 
-from . import after, costs, damage, faults, history, notebook, power, races, strangers
+from . import (
+    after,
+    costs,
+    damage,
+    ends,
+    faults,
+    history,
+    identity,
+    notebook,
+    power,
+    races,
+    strangers,
+    syscalls,
+)
 
 # name: (part, its full size, its size in pytest)
 PARTS = {
     "kills": (faults.kills, {"n": 1000}, {"n": 15}),
-    "operations": (faults.operations, {}, {"most": 16}),
+    "inventory": (faults.inventory, {}, {"most": 16}),
     "twice": (faults.twice, {"n": 600}, {"n": 10}),
     "until_done": (faults.until_done, {"n": 200}, {"n": 3}),
     "afterwards": (after.afterwards, {}, {"most": 12}),
@@ -20,6 +33,9 @@ PARTS = {
     "writers": (races.writers, {"n": 100}, {"n": 2}),
     "loaders": (property_loaders.part, {"n": 10_000}, {"n": 100}),
     "hostile": (hostile.part, {}, {}),
+    "identity": (identity.identity, {"n": 250}, {"n": 10}),
+    "syscalls": (syscalls.syscalls, {"most": 700, "papermill": 16}, {"most": 14, "papermill": 0}),
+    "ends": (ends.ends, {"n": 300, "kernels": 5}, {"n": 5, "kernels": 1}),
     "strangers": (strangers.strangers, {}, {"most": 24}),
     "notebook": (notebook.notebook, {"n": 300, "real": 10}, {"n": 20, "real": 1}),
     "costs": (costs.costs, {"n": 5000}, {"n": 500}),

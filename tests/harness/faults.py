@@ -79,7 +79,7 @@ def _drop(place):
     shutil.rmtree(place, ignore_errors=True)
 
 
-def operations(lab: Lab, most: int | None = None, sabotage=None) -> tuple[bool, str]:
+def inventory(lab: Lab, most: int | None = None, sabotage=None) -> tuple[bool, str]:
     "Die before, or tear, every durable operation; one resume makes the whole inventory equal"
     rng, wrong, trials = random.Random(2), [], 0
     with scratch() as root:
