@@ -11,6 +11,7 @@ import os
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -23,14 +24,14 @@ from torch import nn
 from .checkpoint import conditions, restore, settle, state_sha256
 from .record.generations import Found, find_checkpoint
 from .config import Config, Loaded, TrainSection, config_sha256
-from .errors import ConfigError, MinsnrError, exhausted, nearest
+from .errors import ConfigError, MinsnrError, MinsnrWarning, exhausted, nearest
 from .data import ImageSet
 from .durable import Appender, Displaced, alone, clear_desks, desk, sha256
 from .evaluate import report
 from .record.evaluations import decided_by, deciding, keep_evaluation, new_evaluation
 from .record.events import EventLog, lifecycle, printed, rewind
 from .lab import Lab
-from .record.provenance import Evidence, collect, papermill_call, source_digest
+from .record.provenance import Evidence, collect, papermill_call, source_digest, unlocked
 from .settings import project_root, settings
 from .guard import places_in
 from .requests import Requests, Stopped, catching
@@ -96,6 +97,7 @@ def new_run(
     cfg = loaded.cfg
     for key, place in places_in(cfg.model_dump(mode="json")):
         raise ConfigError(f"{key}: {place!r} is a place on this machine; {_ELSEWHERE}")
+    _name_unlocked()
     provenance, files = _evidence(loaded, lab, lineage)
     if study or cfg.study:
         provenance["study"] = {"name": cfg.study} | (study or {})
@@ -114,6 +116,14 @@ def new_run(
     return run
 
 # %% ../nbs/71_runner.ipynb #7802fbe5
+def _name_unlocked() -> None:
+    "Warn when what is installed is not what the project has pinned"
+    if other := unlocked(project_root()):
+        few = "; ".join(other[:3]) + (" …" if len(other) > 3 else "")
+        text = f"not as requirements.lock has it: {few}"
+        warnings.warn(text, MinsnrWarning, stacklevel=2)
+
+
 def _evidence(loaded: Loaded, lab: Lab, lineage: dict | None) -> Evidence:
     "Collect what the record of a new run says about its origin"
     cfg = loaded.cfg

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUNNERS', 'LOCKS', 'VARS', 'SCHEME', 'source_digest', 'code_sha256', 'papermill_call', 'command', 'torch_build',
-           'freeze', 'packages', 'environment', 'hardware', 'determinism', 'Evidence', 'collect']
+           'freeze', 'packages', 'environment', 'unlocked', 'hardware', 'determinism', 'Evidence', 'collect']
 
 # %% ../../nbs/record/17_provenance.ipynb #f6c4a92e
 import importlib.metadata as metadata
@@ -228,6 +228,24 @@ def environment(
         "dotenv": sorted(os.environ.get(FROM_FILE, "").split()),  # names; never values
     }
     return env, files | {"pip_freeze.txt": freeze().encode()}
+
+# %% ../../nbs/record/17_provenance.ipynb #1d64c66d
+_PIN = re.compile(r"^([\w.-]+)==([^\s+;]+)", re.M)
+
+
+def unlocked(
+    root: Path,  # Where `requirements.lock` is, if there is one
+) -> list[str]:  # One phrase for each package: name, version, the locked version
+    "Name the installed packages that are not those of the lock"
+    path = root / "requirements.lock"
+    pins: dict[str, list[str]] = {}
+    for name, version in _PIN.findall(path.read_text("utf-8")) if path.is_file() else ():
+        pins.setdefault(name.lower(), []).append(version)  # one for each system and Python
+    have = {name.replace("_", "-"): version for name, version in _PIN.findall(freeze())}
+    other = {k: v for k, v in have.items() if k in pins and v not in pins[k]}
+    return [
+        f"{name} {version}, locked {' or '.join(pins[name])}" for name, version in other.items()
+    ]
 
 # %% ../../nbs/record/17_provenance.ipynb #45dedc98
 def _first_match(path: str, pattern: str) -> str | None:
