@@ -52,6 +52,7 @@ from minsnr_nb.runner import (
     quiet,
     refuse_other_data,
     run_to_end,
+    switches,
     tell_papermill,
     threads,
 )
@@ -266,7 +267,7 @@ def eval_run(
     lab, step = build(asked, device), _weights_step(run, weights)
     refuse_other_data(run, lab, allow)
     guests = _guests(lab) if asked.callbacks != cfg.callbacks else []
-    with threads(run.threads()):
+    with threads(run.threads()), switches(cfg.train):
         values = report(lab.evaluator, model)
         decides = decided(asked, model, step, lab.device, cfg, weights)
         record = new_evaluation("eval", decides, values)
@@ -340,7 +341,7 @@ def sample_run(
         asked = load(run.config_path, overrides=overrides).cfg
         _only(("sampler",), cfg, asked)
         lab = build(asked, device)
-    with threads(run.threads()):
+    with threads(run.threads()), switches(cfg.train):
         images = lab.evaluator.draw(model, n, seed=seed)
     step, draw = _weights_step(run, weights), {"n": n, "seed": seed}
     decides = decided(lab.cfg, model, step, lab.device, cfg, weights, draw)

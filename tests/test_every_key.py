@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from minsnr_nb import api
 from minsnr_nb.config import Config
+from minsnr_nb.evaluate import Evaluator
 from minsnr_nb.record.directory import Run
 from minsnr_nb.record.events import read_events
 from minsnr_nb.settings import SETTINGS
@@ -125,7 +126,7 @@ def test_every_key_changes_something(key, base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["deterministic", "tf32"])
-def test_every_key_of_switches_holds_while_training(key, tmp_path, monkeypatch):
+def test_every_key_of_switches_holds_while_training_and_judging(key, tmp_path, monkeypatch):
     "A CPU computes the same either way: what counts is what each step and the record see"
     cudnn, matmul, seen = torch.backends.cudnn, torch.backends.cuda.matmul, set()
     real = torch.Tensor.backward
@@ -144,7 +145,13 @@ def test_every_key_of_switches_holds_while_training(key, tmp_path, monkeypatch):
     said = run.provenance()["determinism"]
     recorded = said["deterministic_algorithms"], said["cudnn"]["deterministic"]
     assert seen == {wanted} == {(*recorded, said["tf32"]["matmul"], said["tf32"]["cudnn"])}
-    assert state() == before
+    judged, draw = set(), Evaluator.draw
+    monkeypatch.setattr(Evaluator, "draw", lambda *a, **k: judged.add(state()) or draw(*a, **k))
+    api.eval_run(run.path, device="cpu", overrides=("sampler.steps=2",))
+    assert judged == {wanted}
+    judged.clear()
+    api.sample_run(run.path, n=2, device="cpu")
+    assert judged == {wanted} and state() == before
 
 
 def test_every_key_of_evaluation_is_read(monkeypatch):
