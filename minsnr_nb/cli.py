@@ -456,6 +456,118 @@ def _identify(
 
     _say(identify_file(file, named_schedule(schedule or "linear", timesteps), prediction))
 
+# %% ../nbs/73_cli.ipynb #ce42f039
+_Study = Annotated[str, {"metavar": "STUDY", "nargs": "+"}]
+
+
+@_verb("sweep")
+def _sweep(
+    *study: _Study,  # STUDY.yaml, or: task STUDY.yaml INDEX
+    workers: int = 1,  # Processes at once
+    run_root: _Dir = None,  # Where runs live; settings.ini has the default
+    dry_run: bool = False,  # List the runs and their cost, and make none
+) -> int:
+    "Make every run of a study, or go on with it: minsnr sweep STUDY.yaml [--workers N]"
+    from minsnr_nb.sweep.engine import run_sweep
+    from minsnr_nb.sweep.verdict import made
+
+    if study[0] == "task" and len(study) == 3:
+        return _task(study[1], study[2], run_root)
+    if len(study) != 1:
+        raise ConfigError(f"sweep takes one study, not {len(study)}: {' '.join(study)}")
+    if dry_run:
+        return _planned(study[0])
+    plan, home = run_sweep(study[0], workers, run_root, _teller(), _warn)
+    _verdict_said(plan, home)
+    states = [m.state for m in made(plan, home)]
+    return int(any(state != "completed" for state in states))
+
+# %% ../nbs/73_cli.ipynb #84cf4ab5
+def _task(file: str, index: str, run_root: str | None) -> int:
+    "One trial of a study, by its place in the plan"
+    from minsnr_nb.settings import project_root, settings
+    from minsnr_nb.sweep.engine import run_trial
+    from minsnr_nb.sweep.plan import declared, read_plan
+
+    plan = read_plan(file)
+    if not index.isdigit() or int(index) >= len(plan.trials):
+        raise ConfigError(f"task: {index} is no index; 0 to {len(plan.trials) - 1} are")
+    home = declared(plan, Path(run_root or settings(project_root())["runs"]))
+    trial = plan.trials[int(index)]
+    words = run_trial(plan, home, trial, _warn)
+    _say(f"{trial.id}: {trial.arm} seed {trial.pair}: {words}")
+    return int(words.startswith("ended"))
+
+# %% ../nbs/73_cli.ipynb #a966bc01
+def _planned(file: str) -> int:
+    "What a study would make, and what it would cost"
+    from minsnr_nb.sweep.engine import cost_of
+    from minsnr_nb.sweep.plan import read_plan
+
+    plan = read_plan(file)
+    rows = [
+        {"index": i, "trial": t.id, "arm": t.arm, "seed": t.pair} | t.axes
+        for i, t in enumerate(plan.trials)
+    ]
+    _say(_columns(rows))
+    cost = cost_of(plan)
+    _say(
+        f"{len(rows)} runs, about {cost['seconds']:.0f} s of training each, {cost['hours']:.2f} core hours"
+    )
+    return 0
+
+# %% ../nbs/73_cli.ipynb #d05e1841
+def _teller() -> Callable:
+    "Say how far a sweep is whenever a run has ended"
+    told: list[int] = []  # runs that had ended: at first, and when it was last said
+
+    def tell(now: Any) -> None:
+        over, rest = now.done + now.ended, now.working + now.left
+        if told[1:] != [over]:
+            first = told[0] if told else over
+            each = now.seconds / (over - first) if over > first else 0.0
+            eta = f", about {each * rest:.0f} s" if each else ""
+            _warn(f"{now.done} runs sealed, {now.ended} failed, {rest} to go{eta}")
+            told[:] = [first, over]
+
+    return tell
+
+# %% ../nbs/73_cli.ipynb #62bff4dd
+@_verb("verdict")
+def _verdict(
+    study: str,  # STUDY.yaml
+    *,
+    run_root: _Dir = None,  # Where runs live; settings.ini has the default
+    json: bool = False,  # For scripts
+) -> None:
+    "Say what the runs of a study show: minsnr verdict STUDY.yaml [--json]"
+    from minsnr_nb.settings import project_root, settings
+    from minsnr_nb.sweep.plan import declared, read_plan
+    from minsnr_nb.sweep.verdict import as_data, verdict_of
+
+    plan, root = read_plan(study), Path(run_root or settings(project_root())["runs"])
+    if not (root / "sweeps" / plan.name / "plan.json").is_file():
+        raise ConfigError(f"{study}: has not run below {root}; `minsnr sweep {study}` does that")
+    home = declared(plan, root)
+    if json:
+        return _say(_as_json(as_data(verdict_of(plan, home))))
+    _verdict_said(plan, home)
+
+# %% ../nbs/73_cli.ipynb #666c1afe
+def _verdict_said(plan: Any, home: Path) -> None:
+    "Print gates and sentences"
+    from minsnr_nb.sweep.verdict import sentences, verdict_of
+
+    questions = verdict_of(plan, home)
+    for q in questions:
+        rows = [
+            {"": "yes" if g.ok else "NO", "gate": g.question, "evidence": g.evidence}
+            for g in q.gates
+        ]
+        _say(_columns(rows))
+    for line in sentences(plan, questions):
+        _say(line)
+
 # %% ../nbs/73_cli.ipynb #4c7c2d96
 class _OneLine(argparse.ArgumentParser):
     "A parser whose complaints are one line"

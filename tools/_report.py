@@ -21,6 +21,7 @@ FOLDERS = {
     "record": Folder(9, without=("torch",)),
     "images": Folder(19, without=("record",)),
     "analysis": Folder(69, without=("record",)),
+    "sweep": Folder(72.5),
 }
 # At the top level, the pages between these numbers (both included) never import the record.
 HEART = ((20, 51), (60, 62))
