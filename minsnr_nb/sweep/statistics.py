@@ -42,13 +42,13 @@ def paired_t(
 def sign_flip_p(
     differences: np.ndarray,  # One per seed, (n,)
 ) -> float:  # Two-sided p
-    "Test for a difference by flipping signs, all combinations up to n = 16"
+    "Test for a difference by flipping signs, all combinations up to n = 14"
     from scipy.stats import permutation_test
 
     d = np.asarray(differences, dtype=np.float64)
     mean = lambda x, axis: x.mean(axis)  # noqa: E731
     how = {"permutation_type": "samples", "vectorized": True, "rng": 0}
-    test = permutation_test((d,), mean, n_resamples=2**16 if len(d) <= 16 else 99_999, **how)
+    test = permutation_test((d,), mean, n_resamples=2**14 if len(d) <= 14 else 9_999, **how)
     return float(test.pvalue)
 
 # %% ../../nbs/sweep/10_statistics.ipynb #42707a9f

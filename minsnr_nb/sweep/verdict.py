@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAY', 'FACTOR', 'Finding', 'findings', 'Made', 'claimed_run', 'made', 'Gate', 'Score', 'read_score', 'Question',
-           'answer', 'verdict_of', 'as_data', 'sentences']
+           'judge', 'answer', 'verdict_of', 'as_data', 'sentences']
 
 # %% ../../nbs/sweep/12_verdict.ipynb #8251748a
 from collections.abc import Mapping
@@ -267,22 +267,34 @@ def _told(found: Finding | None, scale: str, better: str) -> dict:
     return out | {"p_sign_flip": found.flips, "seeds_needed": found.needed, "e": found.evidence}
 
 # %% ../../nbs/sweep/12_verdict.ipynb #6130cdd7
+def judge(
+    sweep: Sweep,
+    scores: Mapping[str, Mapping[int, Score]],  # Arm -> seed -> what its run scored
+) -> tuple[dict[str, Finding | None], str]:  # Arm -> finding, None for the baseline; the scale
+    "Judge the arms of one question by their scores alone"
+    base = sweep.baseline
+    arms, found = [a for a in scores if a != base], dict[str, Finding | None].fromkeys(scores)
+    pairs = set(scores[base]).intersection(*(scores[a] for a in arms))
+    if len(pairs) < 2 or not arms:
+        return found, ""
+    differences, zone, scale = _differences(sweep, scores, arms)
+    numbers = findings(differences, zone, sweep.rule.alpha, sweep.rule.sequential)
+    return found | dict(zip(arms, numbers, strict=True)), scale
+
+# %% ../../nbs/sweep/12_verdict.ipynb #099bb3ca
 def answer(
     plan: Plan,
     axes: dict[str, Any],
     found: list[Made],  # The trials of this question
 ) -> Question:
     "Answer one question from the runs that there are"
-    sweep, base = plan.sweep, plan.sweep.baseline
+    sweep = plan.sweep
+    if sweep.rule.sequential:  # seeds whose turn has not come are not missing
+        found = [m for m in found if m.state != "planned"]
     _refuse_other_settings(found)
     scores = _scores(sweep, found)
-    gates = [_complete(found), _sound(found), _logged(scores), *_sense(scores, base)]
-    arms, judged = [a for a in scores if a != base], dict[str, Finding | None].fromkeys(scores)
-    pairs, scale = set(scores[base]).intersection(*(scores[a] for a in arms)), ""
-    if len(pairs) >= 2 and arms:
-        differences, zone, scale = _differences(sweep, scores, arms)
-        numbers = findings(differences, zone, sweep.rule.alpha, sweep.rule.sequential)
-        judged |= dict(zip(arms, numbers, strict=True))
+    gates = [_complete(found), _sound(found), _logged(scores), *_sense(scores, sweep.baseline)]
+    judged, scale = judge(sweep, scores)
     if (again := judged.get(AGAIN)) is not None:
         same = again.outcome not in ("better", "worse")
         gates.append(Gate("the baseline trained again is no other arm", same, again.outcome))
