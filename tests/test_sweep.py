@@ -1,0 +1,335 @@
+"Sweeps: plans that are refused, workers that die, and verdicts that read the right numbers"
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from minsnr_nb.errors import ConfigError
+from minsnr_nb.record.checks import check_run, is_sealed
+from minsnr_nb.record.directory import list_runs
+from minsnr_nb.record.evaluations import read_evaluation
+from minsnr_nb.sweep import engine
+from minsnr_nb.sweep.plan import declared, read_plan
+from minsnr_nb.sweep.verdict import as_data, claimed_run, sentences, verdict_of
+from tests.harness.lab import things
+from tests.runs import BIN, environment, typed
+
+STUDY = {
+    "study": "tiny",
+    "model": {"name": "mlp", "width": 8, "depth": 1},
+    "train": {"steps": 6, "batch_size": 8, "log_every": 2, "checkpoint_every": 2},
+    "callbacks": [{"name": "log_events"}, {"name": "evaluate"}, {"name": "checkpoint"}],
+    "metrics": [],
+    "sampler": {"name": "ddim", "steps": 1},
+    "eval": {"every": 6, "samples": 4, "probe_images": 16, "probe_draws": 1},
+    "sweep": {
+        "seeds": {"count": 3},
+        "baseline": "constant",
+        "arms": {
+            "constant": {"loss": {"name": "constant"}},
+            "min_snr_5": {"loss": {"name": "min_snr", "gamma": 5.0}},
+        },
+        "primary": {"metric": "probe/x0"},
+    },
+}
+
+
+def written(place: Path, sweep: dict | None = None, **settings) -> Path:
+    "A study's file"
+    study = STUDY | settings | {"sweep": STUDY["sweep"] | (sweep or {})}
+    path = place / "tiny.yaml"
+    path.write_text(yaml.safe_dump(study))
+    return path
+
+
+def whole(path: Path, root: Path) -> tuple:
+    "Every trial of a study, one after another in this process"
+    plan = read_plan(path)
+    home = declared(plan, root)
+    assert [engine.run_trial(plan, home, t) for t in plan.trials] == [engine.DONE] * len(
+        plan.trials
+    )
+    return plan, home
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A study that nobody disturbed"
+    place = tmp_path_factory.mktemp("made")
+    return whole(written(place), place / "runs")
+
+
+def products(plan, home) -> dict[str, dict]:
+    return {t.id: things(claimed_run(home, t.id)) for t in plan.trials}
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"baseline": "constnt"}, "did you mean 'constant'"),
+        ({"arms": {}}, "sweep.arms"),
+        ({"seeds": []}, "sweep.seeds"),
+        ({"seeds": [1, 1]}, "1 is listed twice"),
+        ({"axes": {"loss.gamma": []}}, "sweep.axes"),
+        ({"axes": {"train.stesp": [1]}}, "did you mean 'steps'"),
+        ({"rule": {"n": 9}}, "9 seeds are asked for, and 3 are listed"),
+        ({"primary": {"metric": "fd", "smallest": 2.0}}, "sweep.primary.smallest"),
+        ({"arms": {"constant": {}, "same": {"loss": {"name": "constant"}}}}, "the same run"),
+    ],
+)
+def test_sweep_a_senseless_plan_is_refused(tmp_path, capsys, change, said):
+    path = written(tmp_path, change)
+    for words in (("sweep", path), ("verdict", path), ("sweep", path, "--dry-run")):
+        done = typed(capsys, *words, "--run-root" if "--dry-run" not in words else "--workers", *(
+            (tmp_path / "runs",) if "--dry-run" not in words else ("1",)
+        ))  # fmt: skip
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sweep_a_plan_that_changed_after_its_start_is_refused(tmp_path, capsys):
+    path, root = written(tmp_path), tmp_path / "runs"
+    declared(read_plan(path), root)
+    for change in ({"primary": {"metric": "probe/v"}}, {"seeds": {"count": 4}}):
+        done = typed(capsys, "sweep", written(tmp_path, change), "--run-root", root)
+        assert done.returncode == 2 and "then," in done.stderr and "another `study`" in done.stderr
+    done = typed(capsys, "sweep", written(tmp_path, train={"steps": 7}), "--run-root", root)
+    assert done.returncode == 2 and "shared settings have changed" in done.stderr
+    record = json.loads((root / "sweeps/tiny/plan.json").read_text())
+    record["sweep"]["rule"]["alpha"] = 0.4
+    (root / "sweeps/tiny/plan.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="was changed after it was declared"):
+        declared(read_plan(written(tmp_path)), root)
+    assert list_runs(root) == []
+
+
+def test_sweep_words_of_the_command_are_checked(tmp_path, capsys):
+    path = written(tmp_path)
+    for words, said in (
+        (("sweep", path, path), "takes one study"),
+        (("sweep", path, "--workers", "0"), "workers: 0"),
+        (("sweep", "task", path, "6", "--run-root", tmp_path / "r"), "6 is no index; 0 to 5 are"),
+        (("verdict", path, "--run-root", tmp_path / "r"), "has not run below"),
+        (("sweep", tmp_path / "none.yaml"), "no such file"),
+    ):
+        done = typed(capsys, *words)
+        assert done.returncode == 2 and said in done.stderr, (words, done.stderr)
+    assert not (tmp_path / "r").exists()
+
+
+# --- workers that die -----------------------------------------------------------------------------
+
+
+def start(path: Path, root: Path, workers: int = 2) -> subprocess.Popen:
+    words = [BIN / "minsnr", "sweep", path, "--workers", str(workers), "--run-root", root]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, env=environment(OMP_NUM_THREADS="1"), **quiet)
+
+
+def trainers(root: Path) -> list[int]:
+    "Processes that own a run below a root now"
+    found = []
+    for record in root.glob("*/*/meta/attempts/*.json"):
+        facts = json.loads(record.read_text())
+        owner = facts.get("owner") or facts.get("process") or facts
+        found += [owner["pid"]] if isinstance(owner.get("pid"), int) else []
+    return [pid for pid in found if Path(f"/proc/{pid}").exists()]
+
+
+def until(condition, seconds: float = 60.0):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked up in /proc")
+def test_sweep_goes_on_after_its_workers_and_itself_were_killed(made, tmp_path):
+    path, root = written(tmp_path, train=STUDY["train"] | {"steps": 6}), tmp_path / "runs"
+    sweep = start(path, root)
+    try:
+        for _ in range(3):
+            for pid in until(lambda: trainers(root) or sweep.poll() is not None and [0])[:1]:
+                if pid:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.3)
+        sweep.kill()
+        sweep.communicate()
+    finally:
+        sweep.kill()
+    until(lambda: not trainers(root))  # workers whose sweep is gone stop in order
+    again = start(path, root)
+    out, err = again.communicate(timeout=240)
+    assert again.returncode == 0, err
+    plan, home = read_plan(path), root / "sweeps/tiny"
+    assert len(list_runs(root)) == len(plan.trials) == 6
+    assert products(plan, home) == products(*made)
+    assert all(is_sealed(r) and all(c.ok for c in check_run(r.path)) for r in list_runs(root))
+    assert "by probe/x0" in out and "n = 3 seeds" in out
+
+
+def test_sweep_a_claim_lost_between_directory_and_line_is_adopted(made, tmp_path, monkeypatch):
+    path, root = written(tmp_path), tmp_path / "runs"
+    plan = read_plan(path)
+    home = declared(plan, root)
+
+    class Died(BaseException):
+        pass
+
+    def dies(*_):
+        raise Died
+
+    with monkeypatch.context() as m, pytest.raises(Died):
+        m.setattr(engine, "_claimed", dies)
+        engine.run_trial(plan, home, plan.trials[0])
+    assert len(list_runs(root)) == 1 and claimed_run(home, plan.trials[0].id) is None
+    assert [engine.run_trial(plan, home, t) for t in plan.trials] == [engine.DONE] * 6
+    assert len(list_runs(root)) == 6 and products(plan, home) == products(*made)
+
+
+def test_sweep_a_trial_that_somebody_works_on_is_left_alone(tmp_path):
+    from minsnr_nb.durable import alone
+
+    plan = read_plan(written(tmp_path))
+    home = declared(plan, tmp_path / "runs")
+    (home / plan.trials[0].id).mkdir()
+    with alone(home / plan.trials[0].id):
+        assert engine.run_trial(plan, home, plan.trials[0]) == engine.LEFT
+    assert list_runs(tmp_path / "runs") == []
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def test_verdict_is_data_and_sentences(made, tmp_path, capsys):
+    plan, home = made
+    data = as_data(verdict_of(plan, home))
+    (question,) = data["questions"]
+    arm = question["arms"]["min_snr_5"]
+    assert {"outcome", "n", "difference", "low", "high", "p", "scores", "runs"} <= arm.keys()
+    assert arm["n"] == 3 and arm["low"] <= arm["difference"] <= arm["high"]
+    assert "outcome" not in question["arms"]["constant"]
+    pairs = [(arm["scores"][s], question["arms"]["constant"]["scores"][s]) for s in (0, 1, 2)]
+    log = np.log([a / b for a, b in pairs])
+    assert np.isclose(arm["difference"], np.exp(log.mean()) - 1)
+    path = written(tmp_path)
+    done = typed(capsys, "verdict", path, "--run-root", home.parents[1], "--json")
+    assert json.loads(done.stdout) == json.loads(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schedule": {"name": "cosine"}},
+        {"objective": {"prediction": "v"}},
+        {"sampler": {"name": "ddim", "steps": 3}},
+        {"density": {"name": "min_snr", "gamma": 5.0}},
+        {"uncertainty": {"name": "multitask"}},
+    ],
+)
+def test_verdict_judges_each_arm_by_its_own_settings(change, tmp_path):
+    "The numbers of the verdict are those of each run's own evaluation and log"
+    from minsnr_nb.lab import LANES
+
+    for section, lane in change.items():
+        if section in ("density", "uncertainty") and lane["name"] not in LANES[section]:
+            change = {
+                section: {"name": next(n for n in LANES[section] if n not in ("uniform", "none"))}
+            }
+    arms = {"constant": {}, "other": change}
+    path = written(tmp_path, {"arms": arms, "seeds": [0, 1], "primary": {"metric": "probe/x0"}})
+    plan, home = whole(path, tmp_path / "runs")
+    (question,) = verdict_of(plan, home)
+    assert all(g.ok for g in question.gates), question.gates
+    for trial in plan.trials:
+        run = claimed_run(home, trial.id)
+        own = read_evaluation(run)["values"]["probe/x0"]
+        assert question.arms[trial.arm]["scores"][trial.pair] == own
+        last = [json.loads(x) for x in run.metrics_path.read_text().splitlines()][-1]
+        assert last["probe/x0"] == own
+
+
+def test_verdict_refuses_runs_that_are_not_the_study(made, tmp_path):
+    "Another length, width or schedule under the claim of a trial is named, not averaged"
+    plan, home = made
+    root = shutil.copytree(home.parents[1], tmp_path / "runs")
+    other = written(tmp_path, {"seeds": [0]}, study="other", train=STUDY["train"] | {"steps": 4})
+    mine, there = whole(other, root)
+    (root / "sweeps/tiny" / plan.trials[0].id / "run").write_text(
+        (there / mine.trials[0].id / "run").read_text()
+    )
+    with pytest.raises(ConfigError, match="train.steps is 4, and the study asks for 6"):
+        verdict_of(plan, root / "sweeps/tiny")
+
+
+def test_verdict_a_missing_failed_or_diverged_run_is_no_smaller_n(made, tmp_path):
+    plan, home = made
+    root = shutil.copytree(home.parents[1], tmp_path / "runs")
+    lost = next(t for t in plan.trials if t.arm == "min_snr_5")
+    (root / "sweeps/tiny" / lost.id / "run").unlink()
+    (question,) = verdict_of(plan, root / "sweeps/tiny")
+    assert question.arms["min_snr_5"]["outcome"] == "inconclusive"
+    (said,) = sentences(plan, [question])
+    assert "every run is complete and sealed: no (min_snr_5 seed 0 planned)" in said
+
+
+def test_verdict_a_baseline_broken_on_purpose_is_inconclusive(tmp_path):
+    arms = {"constant": {"optim": {"lr": 100.0}, "loss": {"name": "constant"}}, "min_snr_5": {}}
+    path = written(tmp_path, {"arms": arms, "primary": {"metric": "probe/x0"}, "seeds": [0, 1]},
+                   train=STUDY["train"] | {"steps": 60})  # fmt: skip
+    plan, home = read_plan(path), declared(read_plan(path), tmp_path / "runs")
+    words = [engine.run_trial(plan, home, t) for t in plan.trials]
+    (question,) = verdict_of(plan, home)
+    assert question.arms["min_snr_5"]["outcome"] in ("inconclusive", "better"), words
+    if all(word == engine.DONE for word in words):  # it did not even diverge
+        assert question.arms["constant"]["scores"][0] > 2 * question.arms["min_snr_5"]["scores"][0]
+
+
+def test_verdict_a_number_that_is_not_the_logged_one_is_no_number(made, tmp_path, monkeypatch):
+    from minsnr_nb.sweep import verdict
+
+    real = verdict.read_score
+    monkeypatch.setattr(verdict, "read_score", lambda *a: real(*a)._replace(value=1.0))
+    (question,) = verdict_of(*made)
+    assert [g.question for g in question.gates if not g.ok] == [
+        "the number judged is the number logged"
+    ]
+    assert question.arms["min_snr_5"]["outcome"] == "inconclusive"
+
+
+def test_verdicts_are_seldom_wrong(capsys):
+    from tests import verdicts
+
+    assert verdicts.main(["--short"]) == 0, capsys.readouterr().out
+
+
+def test_verdicts_with_an_interval_for_each_arm_are_found_wrong(monkeypatch):
+    from minsnr_nb.sweep import verdict
+    from tests import verdicts
+
+    alone = lambda d, level: [verdict.paired_t(row, level) for row in d]  # noqa: E731
+    monkeypatch.setattr(verdict, "simultaneous", alone)
+    assert verdicts.false_findings(8, 150) > 0.12
+
+
+def test_sweep_plans_of_a_thousand_trials_are_quick(tmp_path):
+    path = written(tmp_path, {"seeds": {"count": 500}})
+    start = time.perf_counter()
+    plan = read_plan(path)
+    home = declared(plan, tmp_path / "runs")
+    assert len(plan.trials) == 1000 and not any(claimed_run(home, t.id) for t in plan.trials)
+    assert re.fullmatch("[0-9a-f]{12}", plan.trials[-1].id)
+    assert time.perf_counter() - start < 60  # the figure is on the page; this only finds a blow-up
