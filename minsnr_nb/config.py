@@ -523,6 +523,8 @@ def load_config(
 ) -> Loaded:  # The frozen config and its history
     "Read, merge, resolve and check settings; every mistake is told at once"
     data, where, name, log, home = _compose(sources, overrides)
+    if "sweep" in data:
+        raise ConfigError(f"{name}: sweep: describes many runs; `minsnr sweep {name}` makes them")
     place = lambda path: _place(path, where, name)  # noqa: E731
     plain = frozen(_resolve(_environment(data, place, refuse), name))
     found, code = mistakes(Config, plain), ()

@@ -54,10 +54,11 @@ def test_package_list_prints_the_table_of_the_lane():
 
 def test_package_schema_file_is_current():
     from minsnr_nb.lab import config_schema
+    from minsnr_nb.sweep.plan import study_schema
 
-    assert json.loads((ROOT / "configs/schema.json").read_text()) == json.loads(
-        json.dumps(config_schema())
-    )
+    for name, schema in (("schema", config_schema()), ("study.schema", study_schema())):
+        written = json.loads((ROOT / f"configs/{name}.json").read_text())
+        assert written == json.loads(json.dumps(schema)), name
 
 
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "cifar" not in p.name)
@@ -66,11 +67,15 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "cifar" not in
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_package_shipped_configs_are_valid_and_buildable(path: Path):
     from minsnr_nb.lab import build, load
+    from minsnr_nb.sweep.plan import read_plan
 
-    build(load(path).cfg)
-    first = path.read_text().splitlines()[0]
+    text, study = path.read_text(), "\nsweep:" in path.read_text()
+    plan = read_plan(path) if study else None
+    build(load(*(plan.sources(plan.trials[0]) if plan else (path,))).cfg)
+    first = text.splitlines()[0]
     assert first.startswith("# yaml-language-server: $schema="), "editors complete by this line"
-    assert (path.parent / first.split("=")[1]).resolve() == ROOT / "configs/schema.json"
+    wanted = "study.schema.json" if study else "schema.json"
+    assert (path.parent / first.split("=")[1]).resolve() == ROOT / "configs" / wanted
 
 
 def test_package_every_config_key_has_a_reader():
