@@ -346,3 +346,27 @@ def test_sweep_plans_of_a_thousand_trials_are_quick(tmp_path):
     assert len(plan.trials) == 1000 and not any(claimed_run(home, t.id) for t in plan.trials)
     assert re.fullmatch("[0-9a-f]{12}", plan.trials[-1].id)
     assert time.perf_counter() - start < 60  # the figure is on the page; this only finds a blow-up
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"schedule": {"name": "cosine"}}, {"objective": {"prediction": "v"}}, {"sampler": {"name": "ddim", "steps": 2}}],
+)  # fmt: skip
+def test_studies_judge_each_arm_by_its_own_schedule_prediction_and_sampler(change, tmp_path):
+    "One pair of runs: what `compare` computes is what each run logged, whatever the arms differ in"
+    from minsnr_nb.study import compare, gates, history, run_study, verdict
+
+    small = STUDY | {"metrics": [{"name": "fd"}], "eval": STUDY["eval"] | {"samples": 64}}
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        yaml.safe_dump({k: v for k, v in small.items() if k not in ("sweep", "study")})
+    )
+    arms = {"constant": {}, "other": change}
+    study = run_study("pair", str(config), arms, {"seed": 0}, run_root=str(tmp_path / "runs"))
+    outcome = compare(study)
+    for arm, value in outcome.scores.items():
+        assert np.isclose(value, outcome.logged[arm], rtol=1e-3), arm
+    assert np.isfinite(outcome.bins.to_numpy()).all() and len(outcome.bins) >= 3
+    asked = [(q, True, e) for q, _, e in gates(study, history(study))]
+    assert "no evidence about the weighting" in verdict(study, outcome, asked)
+    assert not {"better", "worse"} & {*verdict(study, outcome, asked).split()}
