@@ -80,10 +80,13 @@ class WholeFiles(LocalHandler):
 
     def write(self, buf, path):
         target = Path(self._cwd or "", path).resolve()
-        if target.is_file() or (target.parent.is_dir() and not target.exists()):
-            replace(target, buf)
-        else:  # a device or a pipe; or a missing folder, which is told as ever
-            super().write(buf, path)
+        try:
+            if target.is_file() or (target.parent.is_dir() and not target.exists()):
+                replace(target, buf)
+            else:  # a device or a pipe; or a missing folder, which is told as ever
+                super().write(buf, path)
+        except (errors.MinsnrError, OSError) as e:  # a full disk
+            raise _ended(str(e), 1) from None
 
 
 class StudyManager(NotebookExecutionManager):

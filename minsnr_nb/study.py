@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_config', 'settings_of', 'Study', 'group_of', 'run_study', 'history', 'primary', 'paired_bootstrap', 'Comparison',
-           'pair_of', 'compare', 'bin_changes', 'gates', 'verdict', 'run_grid']
+           'pair_of', 'compare', 'bin_changes', 'gates', 'verdict', 'run_seeds', 'run_grid']
 
 # %% ../nbs/74_study.ipynb #71634eee
 import json
@@ -31,6 +31,9 @@ from .record.checks import check_run, contract_report
 from .record.directory import Run, find_run, list_runs, open_run
 from .record.state import derive_state
 from .seeds import stream
+from .sweep.engine import run_sweep
+from .sweep.plan import Plan, written_study
+from .sweep.verdict import Question, claimed_run, verdict_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -329,6 +332,27 @@ def verdict(
 
 def _near(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-3 * abs(a)
+
+# %% ../nbs/74_study.ipynb #db32730c
+def run_seeds(
+    name: str,  # For example "e02"
+    config: str,  # YAML shared by all arms
+    arms: Mapping[str, Mapping],  # Arm -> settings that differ; the first one is the baseline
+    settings: Mapping,  # From `settings_of`; its seed is the first one
+    seeds: int,  # Pairs, at least 2
+    *,
+    run_root: str = "",  # Where runs live; settings.ini decides when empty
+    workers: int = 2,  # Processes at once
+) -> tuple[Study, Plan, list[Question]]:  # The first pair, the plan, and its verdict
+    "Train every arm with several seeds, or go on with it, and judge them"
+    root, first = Path(run_root or read_settings(project_root())["runs"]), settings["seed"]
+    shared = {k: v for k, v in settings.items() if k != "seed"}
+    sweep = {"seeds": {"first": first, "count": seeds}, "baseline": next(iter(arms)), "arms": arms}
+    path = written_study(name, find_config(config), shared, sweep, root)
+    plan, home = run_sweep(path, workers, root)
+    pair = {t.arm: claimed_run(home, t.id) for t in plan.trials if t.pair == first}
+    runs = {arm: run for arm, run in pair.items() if run is not None}
+    return Study(name, runs), plan, verdict_of(plan, home)
 
 # %% ../nbs/74_study.ipynb #116e9dbf
 def run_grid(

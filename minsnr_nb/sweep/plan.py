@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Name', 'Seed', 'AGAIN', 'ELSEWHERE', 'SeedRange', 'Primary', 'Rule', 'Sweep', 'study_schema', 'Trial', 'Plan',
-           'read_plan', 'declared']
+           'read_plan', 'written_study', 'declared']
 
 # %% ../../nbs/sweep/11_plan.ipynb #be3d6d3a
 import json
@@ -17,12 +17,12 @@ from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import BaseModel, Field
 
 from ..config import Described, config_diff, dump, frozen, mistakes
-from ..durable import claim, digest, make_dir
+from ..durable import claim, digest, make_dir, replace
 from ..errors import ConfigError, nearest
 from ..guard import read_plain
 from ..lab import config_schema, load
 from ..record.strict_json import read_json, to_json, utc_now
-from ..strict_yaml import read_yaml
+from ..strict_yaml import read_yaml, write_yaml
 
 # %% ../../nbs/sweep/11_plan.ipynb #6d022d23
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}$")]
@@ -236,6 +236,23 @@ def _without_twins(plan: Plan, path: Path) -> Plan:
             raise ConfigError(f"{path}: sweep.arms: {other.arm} and {trial.arm} are the same run")
         seen[trial.id] = trial
     return plan
+
+# %% ../../nbs/sweep/11_plan.ipynb #a7ce34ba
+def written_study(
+    name: str,  # How the name of the study begins
+    config: str | Path,  # YAML that all runs share
+    settings: Mapping,  # Settings on top of it
+    sweep: Mapping,  # The section `sweep`
+    run_root: str | Path,  # Where runs live
+) -> Path:  # A study's YAML, below the root
+    "Write a question down as a study"
+    shared = read_yaml(dump(load(config, settings).cfg))[0]
+    rest = {k: v for k, v in shared.items() if k not in ("seed", "study")}
+    text = rest | {"sweep": _plain(sweep)}
+    study = f"{name}_{digest(json.dumps(text, sort_keys=True))[:8]}"
+    path = Path(run_root) / "sweeps" / f"{study}.yaml"
+    make_dir(path.parent)
+    return replace(path, write_yaml({"study": study} | text))
 
 # %% ../../nbs/sweep/11_plan.ipynb #1fd28292
 def declared(
