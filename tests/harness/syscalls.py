@@ -106,6 +106,11 @@ def _under_strace(place: Path, words: list[str], *how: str) -> tuple[int, list[s
     return code, trace.read_text(errors="replace").splitlines(), said
 
 
+def _concerns(arguments: str, place: Path) -> bool:
+    "Whether a call is about a file of a trial, as a descriptor or by its path; a text may name one, too"
+    return f"<{place}/" in arguments or f'"{place}/' in arguments.split("write(")[0]
+
+
 def _points(verb: str, place: Path, trace: list[str]) -> list[Point]:
     "The calls of a clean round that concern its own directory"
     seen: Counter[str] = Counter()
@@ -113,7 +118,7 @@ def _points(verb: str, place: Path, trace: list[str]) -> list[Point]:
     for line in trace:
         if match := _LINE.match(line):
             seen[match[1]] += 1
-            if f"{place}/" in match[2]:
+            if _concerns(match[2], place):
                 out.append(Point(verb, match[1], seen[match[1]]))
     return out
 
@@ -186,7 +191,7 @@ def _tried(n: int, point: Point, error: str, root: Path, bases, want) -> tuple[b
     inject = f"inject={point.call}:error={error}:when={point.number}"
     how = ("-e", f"trace={point.call}", "-e", inject)
     code, trace, said = _under_strace(place, words, *how)
-    hit = any("INJECTED" in line and f"{place}/" in line for line in trace)
+    hit = any("INJECTED" in line and _concerns(line, place) for line in trace)
     found = _problems(point.verb, place, words, code, said) if hit else []
     found += _mended(point.verb, place, words, want) if hit and not found else []
     if point.call in (
@@ -219,12 +224,15 @@ def _papermill(root: Path, rng: random.Random, n: int) -> tuple[int, list[str]]:
         return 0, []
     code, trace, said = execute(root / "p", "-e", f"trace={CALLS}")
     every = _points("papermill", root / "p", trace)
+    every = [
+        p for p in every if p.call in WRITES.split()
+    ]  # reading its input is papermill's own affair
     wrong, hits = [f"papermill: {said[-200:]}"] if code else [], 0
     for i, point in enumerate(rng.sample(every, min(n, len(every)))):
         error, place = rng.choice(ERRORS.get(point.call, ANY)), root / f"p{i}"
         inject = f"inject={point.call}:error={error}:when={point.number}"
         code, trace, said = execute(place, "-e", f"trace={point.call}", "-e", inject)
-        if any("INJECTED" in line and f"{place}/" in line for line in trace):
+        if any("INJECTED" in line and _concerns(line, place) for line in trace):
             hits += 1
             found = unreadable(place)
             found += [said[-300:]] if "Traceback" in said else []
