@@ -480,7 +480,8 @@ def _sweep(
     plan, home = run_sweep(study[0], workers, run_root, _teller(), _warn)
     _verdict_said(plan, home)
     states = [m.state for m in made(plan, home)]
-    return int(any(state != "completed" for state in states))
+    fine = {"completed", "planned"} if plan.sweep.rule.sequential else {"completed"}
+    return int(not fine.issuperset(states))
 
 # %% ../nbs/73_cli.ipynb #84cf4ab5
 def _task(file: str, index: str, run_root: str | None) -> int:

@@ -370,3 +370,17 @@ def test_studies_judge_each_arm_by_its_own_schedule_prediction_and_sampler(chang
     asked = [(q, True, e) for q, _, e in gates(study, history(study))]
     assert "no evidence about the weighting" in verdict(study, outcome, asked)
     assert not {"better", "worse"} & {*verdict(study, outcome, asked).split()}
+
+
+def test_sweep_sequential_study_ends_when_there_is_enough_evidence(tmp_path, monkeypatch):
+    "Seeds are added until every arm has an outcome, and no further"
+    arms = {"constant": {"optim": {"lr": 0.01}}, "slow": {"optim": {"lr": 1e-6}}}
+    more = {"arms": arms, "seeds": {"count": 30}, "rule": {"sequential": True, "most": 30}}
+    settings = {"train": STUDY["train"] | {"steps": 30}, "ema": {"name": "ema", "decay": 0.9}}
+    path = written(tmp_path, more, **settings)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    plan, home = engine.run_sweep(path, 2, tmp_path / "runs")
+    (question,) = verdict_of(plan, home)
+    arm = question.arms["slow"]
+    assert arm["outcome"] == "worse" and 2 < arm["n"] < 20 and arm["e"] > 20
+    assert len(list_runs(tmp_path / "runs")) < 45

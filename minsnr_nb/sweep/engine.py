@@ -31,7 +31,7 @@ from ..requests import Stopped
 from ..runner import RunFailed, quiet
 from ..settings import project_root, settings
 from .plan import Plan, Trial, declared, read_plan
-from .verdict import claimed_run
+from .verdict import claimed_run, verdict_of
 
 # %% ../../nbs/sweep/13_engine.ipynb #5edaeef3
 DONE, LEFT, ENDED = "sealed", "somebody else works on it", "ended without its last step"
@@ -244,6 +244,8 @@ def run_sweep(
             tell(course.state(len(pool.busy)))
             for end in pool.ended(timeout=2.0):
                 course.settle(*end)
+                if _decided(plan, home, course):
+                    course.todo.clear()
     except BaseException:
         pool.stop()
         raise
@@ -254,6 +256,15 @@ def run_sweep(
 def _sealed_run(home: Path, trial: Trial) -> bool:
     run = claimed_run(home, trial.id)
     return run is not None and is_sealed(run)
+
+
+def _decided(plan: Plan, home: Path, course: _Course) -> bool:
+    "Whether a sequential study needs no further seed; asked when as many runs as a seed has have ended"
+    each = len(plan.trials) // len(plan.sweep.all_seeds)
+    if not plan.sweep.rule.sequential or course.done < 2 * each or course.done % each:
+        return False
+    arms = [arm for q in verdict_of(plan, home) for arm in q.arms.values() if "outcome" in arm]
+    return all(arm["outcome"] in ("better", "worse", "equivalent") for arm in arms)
 
 # %% ../../nbs/sweep/13_engine.ipynb #61a400eb
 def cost_of(

@@ -290,7 +290,7 @@ def answer(
     "Answer one question from the runs that there are"
     sweep = plan.sweep
     if sweep.rule.sequential:  # seeds whose turn has not come are not missing
-        found = [m for m in found if m.state != "planned"]
+        found = [m for m in found if m.state in ("completed", "failed", "diverged")]
     _refuse_other_settings(found)
     scores = _scores(sweep, found)
     gates = [_complete(found), _sound(found), _logged(scores), *_sense(scores, sweep.baseline)]
