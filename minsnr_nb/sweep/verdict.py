@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAY', 'FACTOR', 'Finding', 'findings', 'Made', 'claimed_run', 'made', 'Gate', 'Score', 'read_score', 'Question',
-           'judge', 'answer', 'verdict_of', 'as_data', 'sentences']
+           'judge', 'answer', 'verdict_of', 'as_data', 'from_data', 'sentences']
 
 # %% ../../nbs/sweep/12_verdict.ipynb #8251748a
 from collections.abc import Mapping
@@ -340,6 +340,14 @@ def as_data(
         gates = [g._asdict() for g in q.gates]
         rows.append({"axes": q.axes, "scale": q.scale, "arms": q.arms, "gates": gates})
     return {"questions": rows}
+
+
+def from_data(
+    data: Mapping,  # From `as_data`, also after a way through JSON
+) -> list[Question]:
+    "Read a stored verdict"
+    known = [{**q, "gates": [Gate(**g) for g in q["gates"]]} for q in data["questions"]]
+    return [Question(**q) for q in known]
 
 # %% ../../nbs/sweep/12_verdict.ipynb #7cff3399
 _SAYS = {
