@@ -384,3 +384,16 @@ def test_sweep_sequential_study_ends_when_there_is_enough_evidence(tmp_path, mon
     arm = question.arms["slow"]
     assert arm["outcome"] == "worse" and 2 < arm["n"] < 20 and arm["e"] > 20
     assert len(list_runs(tmp_path / "runs")) < 45
+
+
+def test_verdict_control_is_a_question_of_its_own():
+    "The baseline trained again takes nothing from the level of the arms, and is judged by the same test"
+    from minsnr_nb.sweep.plan import AGAIN
+    from minsnr_nb.sweep.verdict import judge
+    from tests import verdicts
+
+    sweep, rng = verdicts.study(1, 8), np.random.default_rng(0)
+    table = verdicts.scores(sweep, rng)
+    alone, _ = judge(sweep, table)
+    both, _ = judge(sweep, table | {AGAIN: verdicts.scores(sweep, rng)["base"]})
+    assert both["arm0"] == alone["arm0"] and both[AGAIN].difference.n == 8

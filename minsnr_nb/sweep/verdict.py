@@ -272,14 +272,16 @@ def judge(
     scores: Mapping[str, Mapping[int, Score]],  # Arm -> seed -> what its run scored
 ) -> tuple[dict[str, Finding | None], str]:  # Arm -> finding, None for the baseline; the scale
     "Judge the arms of one question by their scores alone"
-    base = sweep.baseline
-    arms, found = [a for a in scores if a != base], dict[str, Finding | None].fromkeys(scores)
-    pairs = set(scores[base]).intersection(*(scores[a] for a in arms))
-    if len(pairs) < 2 or not arms:
-        return found, ""
-    differences, zone, scale = _differences(sweep, scores, arms)
-    numbers = findings(differences, zone, sweep.rule.alpha, sweep.rule.sequential)
-    return found | dict(zip(arms, numbers, strict=True)), scale
+    found, scale = dict[str, Finding | None].fromkeys(scores), ""
+    others = [a for a in scores if a != sweep.baseline]
+    families = [[a for a in others if a != AGAIN], [a for a in others if a == AGAIN]]
+    for arms in filter(None, families):  # the control is a question of its own
+        pairs = set(scores[sweep.baseline]).intersection(*(scores[a] for a in arms))
+        if len(pairs) >= 2:
+            differences, zone, scale = _differences(sweep, scores, arms)
+            numbers = findings(differences, zone, sweep.rule.alpha, sweep.rule.sequential)
+            found |= dict(zip(arms, numbers, strict=True))
+    return found, scale
 
 # %% ../../nbs/sweep/12_verdict.ipynb #099bb3ca
 def answer(
@@ -295,9 +297,6 @@ def answer(
     scores = _scores(sweep, found)
     gates = [_complete(found), _sound(found), _logged(scores), *_sense(scores, sweep.baseline)]
     judged, scale = judge(sweep, scores)
-    if (again := judged.get(AGAIN)) is not None:
-        same = again.outcome not in ("better", "worse")
-        gates.append(Gate("the baseline trained again is no other arm", same, again.outcome))
     return Question(axes, _arms(sweep, found, scores, judged, gates, scale), gates, scale)
 
 # %% ../../nbs/sweep/12_verdict.ipynb #f61e0f90
@@ -357,6 +356,10 @@ _SAYS = {
     "undecided": "**undecided** between `{arm}` and `{base}`",
     "inconclusive": "**inconclusive** for `{arm}`",
 }
+_CONTROL = {
+    False: "Control: the baseline with other seeds is no other arm",
+    True: "Control: the baseline **with other seeds came out as another arm**, which chance does in 1 of 20 studies",
+}
 
 
 def _numbers(arm: Mapping, scale: str, alpha: float) -> str:
@@ -387,6 +390,8 @@ def _sentence(sweep: Sweep, q: Question, name: str) -> str:
     if arm["outcome"] == "inconclusive":
         failed = "; ".join(f"{g.question}: no ({g.evidence})" for g in q.gates if not g.ok)
         return f"{text}. {failed or 'Too few pairs of runs'}."
+    if name == AGAIN:
+        return f"{at}{_CONTROL[arm['outcome'] in ('better', 'worse')]}: {_numbers(arm, q.scale, sweep.rule.alpha)}."
     needs = arm["seeds_needed"]
     more = f"; about {needs} seeds would decide at the spread seen" if needs else ""
     return f"{text}: {_numbers(arm, q.scale, sweep.rule.alpha)}{more}."
