@@ -29,7 +29,9 @@ from minsnr_nb.samplers import SAMPLERS, denoiser, sample
 from minsnr_nb.schedule import SCHEDULES, NoiseSchedule, zero_terminal_snr
 from minsnr_nb.seeds import Stream, stream
 from minsnr_nb.show import curves, image_grid, side_by_side
-from minsnr_nb.study import across_seeds, compare, history, run_grid, run_study, verdict
+from minsnr_nb.study import compare, history, run_grid, run_seeds, run_study, verdict
+from minsnr_nb.sweep.engine import run_sweep
+from minsnr_nb.sweep.verdict import sentences, verdict_of
 from minsnr_nb.toy import Gaussian, GaussianMixture
 from minsnr_nb.train_loop import Callback, Loop, train
 from minsnr_nb.uncertainty import UNCERTAINTIES
@@ -39,9 +41,9 @@ __all__ = [
     "CALLBACKS", "Callback", "Config", "ConfigError", "DATASETS", "DENSITIES", "Evaluator", "Gaussian",
     "GaussianMixture", "ImageSet", "LANES", "Lab", "Loop", "METRICS", "MODELS", "MinsnrError",
     "NoiseSchedule", "Objective", "Run", "SAMPLERS", "SCHEDULES", "Stream", "UNCERTAINTIES", "WEIGHTINGS", "WRAPPERS",
-    "across_seeds", "add_noise", "build", "check_run", "compare", "continue_run", "convert", "curves", "denoiser",
+    "add_noise", "build", "check_run", "compare", "continue_run", "convert", "curves", "denoiser",
     "eps_from", "eval_run", "explore", "fork_run", "history", "image_grid", "list_runs", "load", "load_network", "loss_weight",
-    "make_objective", "open_run", "pixels", "probe_loss", "read_events", "report", "resume_run", "run_grid",
-    "run_study", "runs_df", "sample", "sample_run", "side_by_side", "snr_bins", "stream", "to_frame", "train",
-    "train_run", "verdict", "x0_from", "zero_terminal_snr",
+    "make_objective", "open_run", "pixels", "probe_loss", "read_events", "report", "resume_run", "run_grid", "run_seeds",
+    "run_study", "run_sweep", "runs_df", "sample", "sample_run", "sentences", "side_by_side", "snr_bins", "stream", "to_frame", "train",
+    "train_run", "verdict", "verdict_of", "x0_from", "zero_terminal_snr",
 ]  # fmt: skip
