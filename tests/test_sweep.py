@@ -335,7 +335,7 @@ def test_verdicts_with_an_interval_for_each_arm_are_found_wrong(monkeypatch):
 
     alone = lambda d, level: [verdict.paired_t(row, level) for row in d]  # noqa: E731
     monkeypatch.setattr(verdict, "simultaneous", alone)
-    assert verdicts.false_findings(8, 150) > 0.12
+    assert verdicts.false_findings(8, 80) > 0.12
 
 
 def test_sweep_plans_of_a_thousand_trials_are_quick(tmp_path):

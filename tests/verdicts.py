@@ -110,8 +110,8 @@ def rows(studies: int) -> Iterator[tuple[str, float, float, float]]:
 
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.verdicts", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="a few hundred studies of each kind")
-    studies, failed = 300 if parser.parse_args(words).short else 2000, 0
+    parser.add_argument("--short", action="store_true", help="a hundred studies of each kind")
+    studies, failed = 120 if parser.parse_args(words).short else 2000, 0
     for what, share, low, high in rows(studies):
         wide = 3 * (max(share, 0.05) * 0.95 / studies) ** 0.5 if studies < 2000 else 0.0
         good = low - wide <= share <= high + wide
