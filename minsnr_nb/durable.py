@@ -155,13 +155,17 @@ def open_desk(root, owner: str) -> Path:
     place = Path(root, f".desk-{owner}-{secrets.token_hex(4)}")
     with _doing("make", place):
         os.mkdir(place)
-    fd = -1
+    _desks[key] = place, -1
     if fcntl:
-        with _doing("open", place):
-            fd = os.open(place, os.O_RDONLY)
+        try:
+            with _doing("open", place):  # or learn that somebody has cleared it away
+                fd = os.open(place, os.O_RDONLY)
+        except DurableError:
+            close_desk(root)
+            raise
         with suppress(OSError):  # a file system without locks
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    _desks[key] = place, fd
+        _desks[key] = place, fd
     return place
 
 

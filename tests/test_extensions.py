@@ -22,8 +22,10 @@ from minsnr_nb.errors import ConfigError
 from minsnr_nb.minsnr_loss import WEIGHTINGS
 from minsnr_nb.record.checks import check_run
 from minsnr_nb.record.directory import open_run
+from minsnr_nb.record.state import set_status
 from minsnr_nb.record.trust import code_hash, stored_code
 from minsnr_nb.registry import load_plugins
+from minsnr_nb.sweep.plan import declared, read_plan
 from tests.runs import BIN, ROOT, SMALL, digests, environment, minsnr, run_dir, typed
 
 OWN = """\
@@ -479,6 +481,7 @@ READS = {
     "list": ["weightings"],
 }
 APART = {"smoke", "ask", "identify"}  # no run of somebody else's is loaded by them
+APART |= {"sweep", "verdict"}  # tried by themselves: their runs belong to a study
 
 
 def test_extensions_every_verb_is_tried_against_a_stranger():
@@ -516,6 +519,22 @@ def test_extensions_reading_a_strangers_run_needs_no_trust(verb, stranger, capsy
     done = typed(capsys, *stranger.words(verb, READS[verb]))
     assert done.returncode == 0, done.stderr
     assert not stranger.sang()
+
+
+@pytest.mark.parametrize("verb", ["sweep", "verdict"])
+def test_extensions_a_study_does_not_run_a_strangers_code(verb, stranger, tmp_path, capsys):
+    "A run of somebody else's stands where a trial of ours should"
+    arms = "{a: {loss: {gamma: 5.0}}, b: {loss: {gamma: 1.0}}}"
+    (tmp_path / "mine.yaml").write_text(f"{SMALL}sweep: {{seeds: [0], baseline: a, arms: {arms}}}")
+    plan = read_plan(tmp_path / "mine.yaml")
+    for trial in plan.trials:
+        (place := declared(plan, stranger.run.parents[1]) / trial.id).mkdir()
+        (place / "run").write_text(f"tests/{stranger.run.name}\n")
+    set_status(open_run(stranger.run), "interrupted", 6, 12)  # one that a sweep would go on with
+    next(stranger.run.glob("meta/seal*")).unlink()
+    done = typed(capsys, verb, tmp_path / "mine.yaml", "--run-root", stranger.run.parents[1])
+    assert done.returncode in (1, 2) and not stranger.sang(), done.stdout
+    assert "and the study asks for" in done.stderr.splitlines()[-1], done.stderr
 
 
 def test_extensions_the_canary_can_sing(stranger):

@@ -191,6 +191,29 @@ def test_ownership_that_comes_after_a_completion_changes_nothing(lab, run):
     assert different(run, before) == [] and not invalid(run, "L3")
 
 
+def test_ownership_survives_a_rival_that_comes_too_late(run, monkeypatch):
+    "It makes its desk after the winner has cleared them, and takes it away while the winner tidies up"
+    late, clear, scan = run.path / ".desk-attempt1-0badcafe", durable.clear_desks, os.scandir
+
+    def gone(path):
+        if os.fspath(path).rstrip("/").endswith(late.name):
+            late.rmdir()
+        return scan(path)
+
+    monkeypatch.setattr(durable, "clear_desks", lambda root: (clear(root), late.mkdir()))
+    monkeypatch.setattr(os, "scandir", gone)
+    assert start_attempt(run) == 1 and not late.exists()
+
+
+def test_ownership_is_lost_in_one_line_with_the_desk(run, monkeypatch):
+    "The winner clears the desks of all others, this one before it is open"
+    make = os.mkdir
+    monkeypatch.setattr(os, "mkdir", lambda path, *a: (make(path, *a), os.rmdir(path)))
+    with pytest.raises(ConfigError, match="another process has just claimed attempt 1"):
+        start_attempt(run)
+    assert not list(run.path.glob(".desk-*")) and not attempts_of(run)
+
+
 def test_ownership_ends_what_a_paused_writer_can_do(run):
     "It stood between the fence and the write, and wakes up later"
     first = start_attempt(run)

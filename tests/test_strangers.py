@@ -14,6 +14,7 @@ import pytest
 
 from minsnr_nb.errors import ConfigError, MinsnrError, printable
 from minsnr_nb.guard import entries_of, pickle_problem
+from minsnr_nb.record import directory
 from minsnr_nb.record.checks import check_run
 from minsnr_nb.record.directory import open_run
 from minsnr_nb.record.export import export_run
@@ -54,6 +55,22 @@ def test_strangers_a_hard_link_that_leads_out_is_found(copy, tmp_path, capsys):
     os.link(copy / "logs/metrics.jsonl", tmp_path / "profile")
     done = typed(capsys, "eval", copy)
     assert done.returncode == 2 and "logs/metrics.jsonl: a hard link" in done.stderr
+
+
+def test_strangers_a_file_that_is_being_claimed_has_two_names_for_a_moment(copy, monkeypatch):
+    "Its other name is on the desk of its writer, which the first listing has passed already"
+    (copy / ".desk-eval-0badcafe").mkdir()
+    os.link(copy / "metrics.json", copy / ".desk-eval-0badcafe/.tmp-0badcafe0bad")
+    listings, whole = [], directory.entries_of
+
+    def listing(path):
+        listings.append(path)
+        return (e for e in whole(path) if len(listings) > 1 or ".desk-" not in e[0])
+
+    monkeypatch.setattr(directory, "entries_of", listing)
+    assert not list(directory.strange_entries(copy))
+    os.link(copy / "metrics.json", copy.parent / "outside")
+    assert len(list(directory.strange_entries(copy))) == 1
 
 
 @pytest.mark.parametrize("name", [".git/config", "meta/.x", "settings.ini", "artifacts/.env"])

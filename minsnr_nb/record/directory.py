@@ -409,7 +409,7 @@ def strange_entries(
     places: Container[str] | None = PLACES,  # What may be at its top; None: any name
 ) -> Iterator[tuple[str, str]]:  # What is at fault, relative to it, and why
     "Find what no run of ours holds: links, special files, hidden and unexpected names"
-    linked: dict[tuple, list[str]] = {}
+    linked = set()
     for name, entry in entries_of(path):
         if problem := _kind(entry):
             yield name, problem
@@ -417,11 +417,19 @@ def strange_entries(
             yield name, "hidden, and nothing of ours"
         elif "/" not in name and name[0] != "." and places is not None and name not in places:
             yield name, "not part of a run; put notes beside it or into artifacts/"
-        elif (many := _links(entry)) > 1:
-            linked.setdefault((many, entry.inode()), []).append(name)
-    for (many, _), names in linked.items():
-        if len(names) < many and _links(Path(path, names[0])) > len(names):
-            yield names[0], "a hard link; the same file has a name outside the run"
+        elif _links(entry) > 1:
+            linked.add(entry.inode())
+    for name in _linked_outside(path, linked) if linked else ():
+        yield name, "a hard link; the same file has a name outside the run"
+
+
+def _linked_outside(path: str | Path, inodes: Container[int]) -> Iterator[str]:
+    "Files with a name outside a run, listed once more: one that is being claimed has two names for a moment"
+    names: dict[int, list[str]] = {}
+    for name, entry in entries_of(path):
+        if entry.inode() in inodes and _links(entry) > 1:
+            names.setdefault(entry.inode(), []).append(name)
+    yield from (n[0] for n in names.values() if _links(Path(path, n[0])) > len(n))
 
 # %% ../../nbs/record/15_directory.ipynb #4613062c
 def refuse_strange(

@@ -9,6 +9,7 @@ __all__ = ['PATIENCE', 'NOT_NUMBERS', 'FROZEN', 'fence', 'set_status', 'read_sta
 
 # %% ../../nbs/record/16_state.ipynb #cd5ce3c1
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from pathlib import Path
 from .. import durable
 from ..durable import Displaced
 from ..errors import ConfigError, MinsnrError
+from ..guard import entries_of
 from .process import is_local, pulse, this_process
 from .strict_json import json_or_none, read_json, to_json, utc_now
 from .directory import TERMINAL, Run, status_record
@@ -242,10 +244,10 @@ def start_attempt(
         "resumed_from": resumed_from,
         "frozen": {name: durable.sha256(run.path / name) for name in FROZEN},
         **(record or {}),
-        "desk": durable.open_desk(run.path, f"attempt{number}").name,
         "ended": None,
     }
     try:
+        facts["desk"] = durable.open_desk(run.path, f"attempt{number}").name
         mine = durable.claim(run.attempts / f"{number:04d}.json", to_json(facts))
     except Displaced:  # the winner has cleared our desk away
         mine = False
@@ -258,13 +260,15 @@ def start_attempt(
     return number
 
 # %% ../../nbs/record/16_state.ipynb #7c1532a2
+_LEFT = re.compile(r"\.(tmp|gone|new)-|\.step_")
+
+
 def _tidy(run: Run, attempt: int) -> None:
     "Clear what a killed attempt has left, and part from its logs; only the owner may"
-    for pattern in (".tmp-*", ".gone-*", ".new-*", ".step_*"):
-        for leftover in list(run.path.rglob(pattern)):
-            claims = leftover.parent == run.attempts  # they may be losing right now
-            if not claims and not leftover.parent.name.startswith(".desk-"):
-                durable.remove(leftover)
+    for name, entry in list(entries_of(run.path)):
+        home = name.rpartition("/")[0]  # rivals may be losing in these two, right now
+        if home != "meta/attempts" and "/.desk-" not in f"/{home}" and _LEFT.match(entry.name):
+            durable.remove(run.path / name)
     if run.events_path.exists():
         whole = durable.whole_lines(run.events_path)
         durable.cut(run.events_path, whole, run.discarded / "events.jsonl")

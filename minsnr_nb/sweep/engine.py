@@ -31,7 +31,7 @@ from ..requests import Stopped
 from ..runner import RunFailed, quiet
 from ..settings import project_root, settings
 from .plan import Plan, Trial, declared, read_plan
-from .verdict import claimed_run, verdict_of
+from .verdict import claimed_run, refuse_other, verdict_of
 
 # %% ../../nbs/sweep/13_engine.ipynb #5edaeef3
 DONE, LEFT, ENDED = "sealed", "somebody else works on it", "ended without its last step"
@@ -78,6 +78,8 @@ def run_trial(
 def _worked(plan: Plan, home: Path, trial: Trial, warn: Callable) -> str:
     "The same, while nobody else does"
     run, root = _own_run(home, trial, plan), home.parents[1]
+    if run:
+        refuse_other(trial, run)
     state = derive_state(run) if run else ""
     if run and state == "completed" and is_sealed(run):
         return DONE
