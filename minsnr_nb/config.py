@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Fraction', 'PositiveInt', 'NonNegativeInt', 'Strict', 'Described', 'Lane', 'ScheduleLane',
-           'ObjectiveSection', 'OptimSection', 'TrainSection', 'EvalSection', 'Config', 'frozen', 'mistakes',
-           'cross_problems', 'parse_override', 'Loaded', 'dump', 'config_sha256', 'load_config', 'leaves',
+           'LossLane', 'ObjectiveSection', 'OptimSection', 'TrainSection', 'EvalSection', 'Config', 'frozen',
+           'mistakes', 'cross_problems', 'parse_override', 'Loaded', 'dump', 'config_sha256', 'load_config', 'leaves',
            'config_diff']
 
 # %% ../nbs/00_config.ipynb #5540f491
@@ -59,6 +59,15 @@ class ScheduleLane(Lane):
     "Whether the last level is pure noise"
 
 
+class LossLane(Lane):
+    "Weighting, and whether its mean is made 1"
+
+    name: str = "constant"
+    "Entry of the lane"
+    normalize: Literal["none", "mean"] = "none"
+    "Whether the weighting is divided by its mean over the density"
+
+
 class ObjectiveSection(BaseModel):
     "What the network predicts; `sigma_data` is read for F and by weightings that need it"
 
@@ -81,6 +90,8 @@ class OptimSection(BaseModel):
     "Decoupled weight decay"
     warmup_steps: NonNegativeInt = 100
     "Steps until the full learning rate"
+    decay: Literal["none", "linear", "cosine"] = "none"
+    "How the learning rate falls from there to 0 at the last step"
     clip_norm: Positive = 1.0
     "Largest norm of the whole gradient"
 
@@ -152,7 +163,7 @@ class Config(BaseModel):
     "Noise levels"
     objective: ObjectiveSection = ObjectiveSection()
     "What the network predicts"
-    loss: Lane = Lane(name="constant")
+    loss: LossLane = LossLane()
     "Weighting of the error"
     density: Lane = Lane(name="uniform")
     "How timesteps are drawn"

@@ -122,7 +122,8 @@ def config_schema() -> dict:
 # %% ../nbs/70_lab.ipynb #dce0f891
 def _own(schema: dict, section: str) -> dict:
     "Properties that a lane section has besides its entry's"
-    return schema["$defs"]["ScheduleLane"]["properties"] if section == "schedule" else {}
+    own = {"schedule": "ScheduleLane", "loss": "LossLane"}.get(section)
+    return schema["$defs"][own]["properties"] if own else {}
 
 # %% ../nbs/70_lab.ipynb #fec694c7
 def _range(key: dict) -> str:
@@ -249,6 +250,7 @@ def _objective(cfg: Config) -> Objective:
         make_density(cfg.density.name, schedule, cfg.density.keywords),
         cfg.objective.sigma_data,
         UNCERTAINTIES.bind(cfg.uncertainty.name, cfg.uncertainty.keywords)(schedule),
+        normalize=cfg.loss.normalize,
     )
 
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FEATURES', 'STEPS', 'BATCH', 'LR', 'METRICS', 'Samples', 'Reference', 'Scores', 'moments', 'frechet', 'kernel_sums',
            'Cloud', 'cloud', 'mmd2', 'classifier', 'one_thread', 'train_classifier', 'keep', 'keep_tensors',
-           'FeatureNet', 'feature_net', 'real_moments', 'fd', 'kid', 'inception', 'fid', 'anchors']
+           'FeatureNet', 'feature_net', 'real_moments', 'fd', 'kid', 'fd_inf', 'within_reach', 'precision_recall',
+           'fd_second', 'inception', 'fid', 'anchors']
 
 # %% ../nbs/61_metrics.ipynb #6e22b326
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import Ge
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -139,29 +141,30 @@ STEPS, BATCH, LR = 300, 64, 2e-3  # a few seconds of one core
 def _task(
     data: ImageSet,  # Images, perhaps all of one class
     index: Tensor,  # Which ones
+    flips: bool = False,  # Ask for flips although there are classes
 ) -> tuple[Tensor, Tensor]:
-    "Images and what to say about them: their class, or without classes how they were flipped"
+    "Images and what to say about them: their class, or how they were flipped"
     x, label = pixels(data, index), data.labels[index]
-    if len(data.classes) < 2:
+    if flips or len(data.classes) < 2:
         label = torch.arange(len(index)) % 4
-        flips = (), (2,), (3,), (2, 3)
-        x = torch.stack(
-            [image.flip([d - 1 for d in flips[k]]) for image, k in zip(x, label, strict=True)]
-        )
+        ways = (), (1,), (2,), (1, 2)
+        x = torch.stack([image.flip(ways[k]) for image, k in zip(x, label, strict=True)])
     return x, label
 
 # %% ../nbs/61_metrics.ipynb #ea9f50cf
 @one_thread()
 def train_classifier(
     data: ImageSet,  # Images to learn to see
+    second: bool = False,  # Another network, which learns how images were flipped
 ) -> nn.Sequential:
     "Train the classifier, always in the same way"
-    with fixed_torch(0, "features"):
+    with fixed_torch(int(second), "features"):
         net = classifier(data.shape, max(len(data.classes), 4))
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=1e-2)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = LR * (1 - step / STEPS)
-        x, label = _task(data, order(len(data), step * BATCH, BATCH, stream(0, "features")))
+        index = order(len(data), step * BATCH, BATCH, stream(int(second), "features"))
+        x, label = _task(data, index, second)
         optimizer.zero_grad()
         F.cross_entropy(net(x), label).backward()
         optimizer.step()
@@ -223,15 +226,17 @@ class FeatureNet:
 # %% ../nbs/61_metrics.ipynb #e00fb793
 def feature_net(
     data: ImageSet,  # The training images
+    second: bool = False,  # The one that learned how images were flipped
 ) -> FeatureNet:
     "Get the feature network of a data set, training it when it is not there yet"
-    net = classifier(data.shape, max(len(data.classes), 4))
+    net, kind = classifier(data.shape, max(len(data.classes), 4)), ("cnn", "flips")[second]
     key = ("classifier", str(net), STEPS, BATCH, LR, torch.__version__, data.sha256)
+    key += (kind,) if second else ()
 
     def make() -> FeatureNet:
-        at_home = data.to("cpu")
-        net.load_state_dict(keep_tensors(key, lambda: train_classifier(at_home).state_dict()))
-        return FeatureNet(f"{data.name}_cnn", key, net.eval().requires_grad_(False)[0])
+        train = lambda: train_classifier(data.to("cpu"), second).state_dict()  # noqa: E731
+        net.load_state_dict(keep_tensors(key, train))
+        return FeatureNet(f"{data.name}_{kind}", key, net.eval().requires_grad_(False)[0])
 
     return keep(key, make)
 
@@ -278,6 +283,70 @@ def kid(
     key = ("cloud", *see.key, reference.sha256, real_images)
     value, error = mmd2(cloud(see(samples)), keep(key, lambda: cloud(see.of(reference, index))))
     return {f"kid@{see.name}": value, f"kid@{see.name}/se": error}
+
+# %% ../nbs/61_metrics.ipynb #ed6a4550
+@METRICS.register
+def fd_inf(
+    samples: Samples,
+    reference: Reference,
+    *,
+    sizes: Annotated[int, Ge(2)] = 8,  # Numbers of samples in the fit, from a quarter to all
+    draws: PositiveInt = 4,  # Subsets of each size
+) -> Scores:
+    "The Fréchet distance that `fd` would have with infinitely many samples"
+    see = feature_net(reference)
+    seen, real = see(samples), real_moments(see, reference)
+    seen = seen[seen[:, 0].argsort()]  # the order in which samples came does not matter
+    counts = torch.linspace(max(2, len(seen) // 4), len(seen), sizes).long()
+    parts = [stream(i, "fd_inf").permutation(len(seen)) for i in range(draws)]
+    means = [sum(frechet(moments(seen[p[:n]]), real) for p in parts) / draws for n in counts]
+    slopes = torch.stack([torch.ones(sizes), 1 / counts], 1).double()
+    at_zero = torch.linalg.pinv(slopes)[0] @ torch.tensor(means, dtype=torch.float64)
+    return {f"fd_inf@{see.name}": at_zero.item()}
+
+# %% ../nbs/61_metrics.ipynb #f678cf5f
+def _far(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    "Distances of every `a` from every `b`, some rows at a time"
+    exact = "donot_use_mm_for_euclid_dist"
+    return (torch.cdist(part, b, compute_mode=exact) for part in a.double().split(512))
+
+
+def within_reach(
+    a: Tensor,  # Features, (N, D)
+    b: Tensor,  # Features of others, (M, D), M > `k`
+    k: int = 3,  # Neighbour that decides how far an image reaches
+) -> float:  # In [0, 1]; NaN if anything is
+    "Give the share of `a` that lies within reach of some `b`"
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return torch.nan
+    b = b.double()
+    reach = torch.cat([d.kthvalue(k + 1).values for d in _far(b, b)])
+    return torch.cat([(d <= reach).any(1) for d in _far(a, b)]).double().mean().item()
+
+# %% ../nbs/61_metrics.ipynb #1a40efe8
+@METRICS.register
+def precision_recall(
+    samples: Samples,
+    reference: Reference,
+    *,
+    real_images: PositiveInt = 10_000,  # Look at so many of them at most
+) -> Scores:
+    "Share of samples near a real image, and of real images near a sample"
+    see = feature_net(reference)
+    index = stream(0, "precision").permutation(len(reference))[:real_images]
+    key = ("features", *see.key, reference.sha256, real_images)
+    real, seen = keep(key, lambda: see.of(reference, index)), see(samples)
+    return {
+        f"precision@{see.name}": within_reach(seen, real),
+        f"recall@{see.name}": within_reach(real, seen),
+    }
+
+# %% ../nbs/61_metrics.ipynb #b274a55d
+@METRICS.register
+def fd_second(samples: Samples, reference: Reference) -> Scores:
+    "Squared Fréchet distance on a network that learned how images were flipped"
+    see = feature_net(reference, second=True)
+    return {f"fd_second@{see.name}": frechet(moments(see(samples)), real_moments(see, reference))}
 
 # %% ../nbs/61_metrics.ipynb #7d86cbb0
 def inception(

@@ -8,6 +8,7 @@ __all__ = ['Batch', 'draw_batch', 'TrainState', 'lr_at', 'make_optimizer', 'Step
            'train']
 
 # %% ../nbs/50_train_loop.ipynb #52f50ad9
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -69,10 +70,14 @@ class TrainState:
 # %% ../nbs/50_train_loop.ipynb #12528b15
 def lr_at(
     step: int,  # Optimiser step about to be taken, from 0
-    optim: OptimSection,  # lr and warmup_steps
+    optim: OptimSection,  # lr, warmup_steps and decay
+    steps: int,  # Of the whole run
 ) -> float:  # Learning rate of that step
-    "Warm up linearly, then stay"
-    return optim.lr * min(1.0, (step + 1) / max(1, optim.warmup_steps))
+    "Warm up linearly, then stay or fall towards 0"
+    rise = min(1.0, (step + 1) / max(1, optim.warmup_steps))
+    left = min(1.0, (steps - step) / max(1, steps - optim.warmup_steps))
+    fall = {"none": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+    return optim.lr * rise * fall[optim.decay]
 
 
 def make_optimizer(
@@ -107,7 +112,7 @@ def train_step(
     cfg: Config,  # Reads seed, optim, train.precision
 ) -> StepResult:
     "Take one optimiser step"
-    lr = lr_at(state.step, cfg.optim)
+    lr = lr_at(state.step, cfg.optim, cfg.train.steps)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     seed = torch_seed(cfg.seed, "dropout", state.step)

@@ -31,9 +31,9 @@ def small():
 def count_trainings(monkeypatch) -> list:
     calls, train = [], metrics.train_classifier
 
-    def counted(data):
+    def counted(data, second=False):
         calls.append(data.sha256)
-        return train(data)
+        return train(data, second)
 
     monkeypatch.setattr(metrics, "train_classifier", counted)
     return calls
