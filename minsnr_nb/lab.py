@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LANES', 'DEVICES', 'load', 'for_training', 'lanes_with', 'config_schema', 'config_help', 'named_schedule', 'images',
-           'pick_device', 'Lab', 'build']
+           'pick_device', 'Lab', 'schedule_of', 'build']
 
 # %% ../nbs/70_lab.ipynb #5c41ae1d
 import json
@@ -237,11 +237,23 @@ class Lab:
         return state
 
 # %% ../nbs/70_lab.ipynb #25887305
+def _schedule(cfg: Config) -> NoiseSchedule:
+    "Levels of noise"
+    schedule = SCHEDULES.bind(cfg.schedule.name, cfg.schedule.keywords)(cfg.schedule.timesteps)
+    return zero_terminal_snr(schedule) if cfg.schedule.zero_terminal_snr else schedule
+
+
+def schedule_of(
+    cfg: Config,  # Reads schedule, and own code
+) -> NoiseSchedule:
+    "Make the schedule that a config names"
+    with using(LANES, cfg.code):
+        return _schedule(cfg)
+
+# %% ../nbs/70_lab.ipynb #f780afa4
 def _objective(cfg: Config) -> Objective:
     "Schedule, density, weighting and what is learnt beside them"
-    schedule = SCHEDULES.bind(cfg.schedule.name, cfg.schedule.keywords)(cfg.schedule.timesteps)
-    if cfg.schedule.zero_terminal_snr:
-        schedule = zero_terminal_snr(schedule)
+    schedule = _schedule(cfg)
     return make_objective(
         schedule,
         cfg.objective.prediction,

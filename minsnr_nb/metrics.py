@@ -230,7 +230,7 @@ def feature_net(
 ) -> FeatureNet:
     "Get the feature network of a data set, training it when it is not there yet"
     net, kind = classifier(data.shape, max(len(data.classes), 4)), ("cnn", "flips")[second]
-    key = ("classifier", str(net), STEPS, BATCH, LR, torch.__version__, data.sha256)
+    key: tuple = ("classifier", str(net), STEPS, BATCH, LR, torch.__version__, data.sha256)
     key += (kind,) if second else ()
 
     def make() -> FeatureNet:

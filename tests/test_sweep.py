@@ -296,7 +296,75 @@ def test_verdict_a_missing_failed_or_diverged_run_is_no_smaller_n(made, tmp_path
     (question,) = verdict_of(plan, root / "sweeps/tiny")
     assert question.arms["min_snr_5"]["outcome"] == "inconclusive"
     (said,) = sentences(plan, [question])
-    assert "every run is complete and sealed: no (min_snr_5 seed 0 planned)" in said
+    assert "every run has ended: no (min_snr_5 seed 0 planned)" in said
+
+
+def test_verdict_a_censored_run_takes_its_arm_and_no_other(tmp_path):
+    arms = {name: {"loss": {"name": name}} for name in ("constant", "min_snr")}
+    arms["wild"] = {"optim": {"lr": 1e38, "warmup_steps": 0}}
+    path = written(tmp_path, {"arms": arms, "seeds": [0, 1]})
+    plan = read_plan(path)
+    home = declared(plan, tmp_path / "runs")
+    said = [engine.run_trial(plan, home, t) for t in plan.trials]
+    assert said == [engine.DONE, engine.DONE, f"{engine.ENDED}: diverged"] * 2
+    (question,) = verdict_of(plan, home)
+    assert question.arms["wild"]["outcome"] == "inconclusive" != question.arms["min_snr"]["outcome"]
+    assert question.arms["min_snr"]["n"] == 2 and not question.arms["wild"]["scores"]
+    told = {line.split("`")[1]: line for line in sentences(plan, [question])}
+    assert "is censored: no (wild seed 0 diverged, wild seed 1 diverged)" in told["wild"]
+    assert "wild" not in told["min_snr"]
+
+
+def test_verdict_a_score_that_is_no_number_is_censored(made, monkeypatch):
+    from minsnr_nb.sweep import verdict
+
+    real, nan = verdict.read_score, float("nan")
+
+    def read(run, *a):
+        score = real(run, *a)
+        return score._replace(value=nan, logged=nan) if run.config()["seed"] == 1 else score
+
+    monkeypatch.setattr(verdict, "read_score", read)
+    (question,) = verdict_of(*made)
+    assert question.arms["min_snr_5"]["outcome"] == "inconclusive"
+    assert question.arms["min_snr_5"]["scores"].keys() == {0, 2}
+    assert ["censored" in g.question for g in question.gates if not g.ok] == [True]
+
+
+def test_verdict_arms_that_are_clipped_differently_are_not_ranked(tmp_path):
+    arms = {"constant": {}, "clipped": {"optim": {"clip_norm": 1e-6}}}
+    callbacks = [{"name": "grad_norm"}, *STUDY["callbacks"]]
+    path = written(tmp_path, {"arms": arms, "seeds": [0, 1]}, callbacks=callbacks)
+    plan, home = whole(path, tmp_path / "runs")
+    (question,) = verdict_of(plan, home)
+    assert question.arms["clipped"]["outcome"] == "inconclusive"
+    (gate,) = (g for g in question.gates if not g.ok)
+    assert gate.arm == "clipped" and gate.evidence == "100% and 0% of steps"
+    assert as_data([question])["questions"][0]["gates"][-1]["arm"] == "clipped"
+
+
+def test_verdict_second_opinions_and_levels_stand_beside_it(tmp_path):
+    cosine = {"schedule": {"name": "cosine"}}
+    arms = {"constant": cosine, "linear": {}, "same": cosine | {"optim": {"lr": 0.0011}}}
+    metrics = [{"name": n} for n in ("fd", "kid", "fd_inf", "fd_second", "precision_recall")]
+    evaluation = STUDY["eval"] | {"samples": 20}
+    path = written(tmp_path, {"arms": arms, "seeds": [0, 1]}, metrics=metrics, eval=evaluation)
+    plan, home = whole(path, tmp_path / "runs")
+    (question,) = verdict_of(plan, home)
+    also = question.arms["same"]["also"]
+    assert [k.split("@")[0] for k in also] == [
+        f"eval/{n}" for n in ("fd", "fd_inf", "fd_second", "kid", "precision", "recall")
+    ]
+    for trial in plan.trials[:1]:
+        own = read_evaluation(claimed_run(home, trial.id))["values"]
+    same, other = (question.arms[a]["levels"] for a in ("same", "linear"))
+    assert len(same) == sum(k.startswith("probe/x0/bin") for k in own)
+    assert 0 < len(other) < len(same) and {x["log_snr"] for x in other} < {
+        x["log_snr"] for x in same
+    }
+    runs = {t.arm: claimed_run(home, t.id) for t in plan.trials if t.pair == 0}
+    ratio = [read_evaluation(runs[a])["values"]["probe/x0/bin0"] for a in ("same", "constant")]
+    assert same[0]["low"] <= ratio[0] / ratio[1] - 1 <= same[0]["high"]
 
 
 def test_verdict_a_baseline_broken_on_purpose_is_inconclusive(tmp_path):
