@@ -539,19 +539,23 @@ def _verdict(
     study: str,  # STUDY.yaml
     *,
     run_root: _Dir = None,  # Where runs live; settings.ini has the default
-    json: bool = False,  # For scripts
+    json: bool = False,  # For scripts, with all that the report shows
+    out: str | None = None,  # File for the report, an HTML page that stands alone
 ) -> None:
-    "Say what the runs of a study show: minsnr verdict STUDY.yaml [--json]"
+    "Say what the runs of a study show: minsnr verdict STUDY.yaml [--json | --out REPORT.html]"
     from minsnr_nb.settings import project_root, settings
     from minsnr_nb.sweep.plan import declared, read_plan
-    from minsnr_nb.sweep.verdict import as_data, verdict_of
+    from minsnr_nb.durable import replace
+    from minsnr_nb.sweep.report import report_html, study_record
 
     plan, root = read_plan(study), Path(run_root or settings(project_root())["runs"])
     if not (root / "sweeps" / plan.name / "plan.json").is_file():
         raise ConfigError(f"{study}: has not run below {root}; `minsnr sweep {study}` does that")
     home = declared(plan, root)
     if json:
-        return _say(_as_json(as_data(verdict_of(plan, home))))
+        return _say(_as_json(study_record(plan, home)))
+    if out:
+        return _say(str(replace(out, report_html(study_record(plan, home)))))
     _verdict_said(plan, home)
 
 # %% ../nbs/73_cli.ipynb #666c1afe
@@ -566,7 +570,7 @@ def _verdict_said(plan: Any, home: Path) -> None:
             for g in q.gates
         ]
         _say(_columns(rows))
-    for line in sentences(plan, questions):
+    for line in sentences(plan.sweep, questions):
         _say(line)
 
 # %% ../nbs/73_cli.ipynb #4c7c2d96

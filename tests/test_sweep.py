@@ -19,7 +19,8 @@ from minsnr_nb.record.directory import list_runs
 from minsnr_nb.record.evaluations import read_evaluation
 from minsnr_nb.sweep import engine
 from minsnr_nb.sweep.plan import declared, read_plan
-from minsnr_nb.sweep.verdict import as_data, claimed_run, sentences, verdict_of
+from minsnr_nb.sweep.report import prediction_lines
+from minsnr_nb.sweep.verdict import Question, as_data, claimed_run, sentences, verdict_of
 from tests.harness.lab import things
 from tests.runs import BIN, environment, typed
 
@@ -232,7 +233,29 @@ def test_verdict_is_data_and_sentences(made, tmp_path, capsys):
     assert np.isclose(arm["difference"], np.exp(log.mean()) - 1)
     path = written(tmp_path)
     done = typed(capsys, "verdict", path, "--run-root", home.parents[1], "--json")
-    assert json.loads(done.stdout) == json.loads(json.dumps(data))
+    told = json.loads(done.stdout)
+    assert told["questions"] == json.loads(json.dumps(data))["questions"]
+    assert told["cost"]["runs"] == 6 and told["curves"][0]["constant"].keys() == {"0", "1", "2"}
+    out = tmp_path / "report.html"
+    assert typed(capsys, "verdict", path, "--run-root", home.parents[1], "--out", out).stdout
+    ids = [run for facts in question["arms"].values() for run in facts["runs"].values()]
+    assert all(id in out.read_text() for id in [*ids, told["sha256"], told["code"][0]])
+
+
+@pytest.mark.parametrize(
+    ("outcome", "how"),
+    [
+        ("better", "held"),
+        ("worse", "did not hold"),
+        ("undecided", "open"),
+        ("inconclusive", "open"),
+    ],
+)
+def test_report_says_whether_a_prediction_held(made, outcome, how):
+    sweep = made[0].sweep.model_copy(update={"expected": {"min_snr_5": "better"}})
+    question = Question({}, {"min_snr_5": {"outcome": outcome}}, [], "ratio")
+    (line,) = prediction_lines(sweep, [question])
+    assert line.endswith(f"is {outcome}: {how}.")
 
 
 @pytest.mark.parametrize(
@@ -295,7 +318,7 @@ def test_verdict_a_missing_failed_or_diverged_run_is_no_smaller_n(made, tmp_path
     (root / "sweeps/tiny" / lost.id / "run").unlink()
     (question,) = verdict_of(plan, root / "sweeps/tiny")
     assert question.arms["min_snr_5"]["outcome"] == "inconclusive"
-    (said,) = sentences(plan, [question])
+    (said,) = sentences(plan.sweep, [question])
     assert "every run has ended: no (min_snr_5 seed 0 planned)" in said
 
 
@@ -310,7 +333,7 @@ def test_verdict_a_censored_run_takes_its_arm_and_no_other(tmp_path):
     (question,) = verdict_of(plan, home)
     assert question.arms["wild"]["outcome"] == "inconclusive" != question.arms["min_snr"]["outcome"]
     assert question.arms["min_snr"]["n"] == 2 and not question.arms["wild"]["scores"]
-    told = {line.split("`")[1]: line for line in sentences(plan, [question])}
+    told = {line.split("`")[1]: line for line in sentences(plan.sweep, [question])}
     assert "is censored: no (wild seed 0 diverged, wild seed 1 diverged)" in told["wild"]
     assert "wild" not in told["min_snr"]
 

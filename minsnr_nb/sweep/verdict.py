@@ -161,6 +161,7 @@ class Score(NamedTuple):
     clipped: float | None = None  # Share of steps on which the gradient was clipped
     others: Mapping[str, float] = {}  # Other metrics on the same samples
     levels: tuple[float, ...] = ()  # x0 error in each bin of log SNR, the noisiest first
+    key: str = ""  # Full name of the number
 
 
 def _key(metric: str, values: Mapping[str, Any]) -> str:
@@ -200,7 +201,7 @@ def read_score(
         _number(values[key]), known.get(f"{anchor}/noise"), known.get(f"{anchor}/test"),
         lines[-1].get(key) if lines else None, sum(clips) / len(clips) if clips else None,
         {k: _number(values[k]) for k in sorted(scored - {key})},
-        tuple(_number(values[k]) for k in levels),
+        tuple(_number(values[k]) for k in levels), key,
     )  # fmt: skip
 
 # %% ../../nbs/sweep/12_verdict.ipynb #8ff898c7
@@ -276,6 +277,7 @@ class Question(NamedTuple):
     arms: dict[str, dict]  # outcome, n, difference, low, high, p, scores, runs
     gates: list[Gate]
     scale: str  # "ratio" or "difference"
+    metric: str = ""  # Full name of the number that decides
 
 
 def _scores(sweep: Sweep, found: list[Made]) -> dict[str, dict[int, Score]]:
@@ -354,7 +356,8 @@ def answer(
     judged, scale = judge(sweep, whole)
     beside = {arm: _beside(plan, found, scores, arm) for arm in others}
     arms = _arms(sweep, found, scores, judged, gates, scale, beside)
-    return Question(axes, arms, gates, scale)
+    metric = next((x.key for of in scores.values() for x in of.values()), "")
+    return Question(axes, arms, gates, scale, metric)
 
 
 def _censored(gates: list[Gate], arm: str) -> Gate | None:
@@ -448,7 +451,7 @@ def as_data(
     rows = []
     for q in questions:
         gates = [{k: v for k, v in g._asdict().items() if v is not None} for g in q.gates]
-        rows.append({"axes": q.axes, "scale": q.scale, "arms": q.arms, "gates": gates})
+        rows.append(q._asdict() | {"gates": gates})
     return {"questions": rows}
 
 
@@ -485,12 +488,12 @@ def _numbers(arm: Mapping, scale: str, alpha: float) -> str:
 
 
 def sentences(
-    plan: Plan,
+    sweep: Sweep,
     questions: list[Question],
 ) -> list[str]:  # Markdown, one line per arm
     "Say what was found"
-    others = ((q, a) for q in questions for a in q.arms if a != plan.sweep.baseline)
-    return [_sentence(plan.sweep, q, arm) for q, arm in others]
+    others = ((q, a) for q in questions for a in q.arms if a != sweep.baseline)
+    return [_sentence(sweep, q, arm) for q, arm in others]
 
 # %% ../../nbs/sweep/12_verdict.ipynb #27751e4d
 def _sentence(sweep: Sweep, q: Question, name: str) -> str:
