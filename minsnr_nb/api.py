@@ -41,6 +41,7 @@ from .record.promote import Model, find_model, promote
 from .record.repro import verify
 from .settings import project_root, settings
 from .guard import inside
+from .shards import refuse_processes
 from .record.directory import Run, open_run, refuse_strange
 from .record.directory import write_summary
 from .record.state import attempts_of, derive_state, refuse_owner
@@ -95,21 +96,23 @@ def train_run(
     study: dict | None = None,  # Which arm of which study
     announce: Callable[[Run], None] = quiet,  # Called as soon as the directory exists
     warn: Callable[[str], None] = quiet,  # Called with lines a person should see
+    processes: int = 1,  # That share each step
 ) -> Run:
     "Train a new run from a config"
     runs = _runs_around(sources)
     loaded = for_training(load(*sources, overrides=overrides))
     for file in runs:
         refuse_elsewhere(loaded.cfg, file)
+    refuse_processes(loaded.cfg.train, processes)
     lab = build(loaded.cfg, device)
     if any(c.name == "evaluate" for c in loaded.cfg.callbacks):
         with threads(settings(project_root())["threads"]):
             _ = lab.evaluator.anchors  # a metric that cannot be computed is a wrong request, too
     begin, lineage = _start(loaded.cfg, lab)
-    run = new_run(loaded, lab, run_root, study, lineage)
+    run = new_run(loaded, lab, run_root, study, lineage, processes)
     with printed(run, 0):
         announce(run)
-    return run_to_end(run, lab, warn, begin=begin)
+    return run_to_end(run, lab, warn, begin=begin, processes=processes)
 
 # %% ../nbs/72_api.ipynb #009ccc16
 def _start(cfg: Config, lab: Lab) -> tuple[Callable[[Loop], None] | None, dict | None]:
@@ -165,10 +168,12 @@ def resume_run(
     warn: Callable[[str], None] = quiet,
     allow: tuple[str, ...] = (),  # Differences that may change bits: "code", "torch", …
     force: bool = False,  # Take the run over from an owner that lives, or may live
+    processes: int = 1,  # That share each step; not always as many as before
 ) -> Run:
     "Continue a run from its newest intact checkpoint; a complete one is left as it is"
     run = open_run(path)
     cfg = config_of(run)
+    refuse_processes(cfg.train, processes)
     if sources or overrides:
         given = load(*(sources or [run.config_path]), overrides=overrides, code=cfg.code).cfg
         if different := differences_told(cfg, given):
@@ -180,7 +185,7 @@ def resume_run(
         tell_papermill(run)
     if derive_state(run) != "completed":
         lab = build(cfg, device)
-        return run_to_end(run, lab, warn, allow, _begin_again(run, cfg, lab), force)
+        return run_to_end(run, lab, warn, allow, _begin_again(run, cfg, lab), force, processes)
     close(run)
     return run
 

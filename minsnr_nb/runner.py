@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'switches', 'new_run', 'tell_papermill', 'Heartbeat', 'RunFailed', 'SlowSteps', 'recorded', 'threads',
-           'decided', 'make_loop', 'quiet', 'close', 'run_to_end', 'data_changes', 'refuse_other_data']
+           'decided', 'make_loop', 'quiet', 'close', 'sharing', 'run_to_end', 'data_changes', 'refuse_other_data']
 
 # %% ../nbs/71_runner.ipynb #79706e11
 import os
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .checkpoint import conditions, restore, settle, state_sha256
+from .checkpoint import conditions, restore, settle, snapshot, state_sha256
 from .record.generations import Found, find_checkpoint
 from .config import Config, Loaded, TrainSection, config_sha256
 from .errors import ConfigError, MinsnrError, MinsnrWarning, exhausted, nearest
@@ -35,6 +35,7 @@ from .record.provenance import Evidence, collect, papermill_call, source_digest,
 from .settings import project_root, settings
 from .guard import places_in
 from .requests import Requests, Stopped, catching
+from .team import First, Hired, ProcessLost, send_files
 from .record.directory import Run, create_run
 from .record.directory import write_summary
 from .record.checks import is_sealed
@@ -92,6 +93,7 @@ def new_run(
     run_root: str | Path | None = None,  # Where runs live; settings.ini decides otherwise
     study: dict | None = None,  # {"name", "arm", "group"}
     lineage: dict | None = None,  # {parent_run, parent_step, manifest_sha256, reason}
+    processes: int = 1,  # That share its steps
 ) -> Run:
     "Create the run directory"
     cfg = loaded.cfg
@@ -99,6 +101,7 @@ def new_run(
         raise ConfigError(f"{key}: {place!r} is a place on this machine; {_ELSEWHERE}")
     _name_unlocked()
     provenance, files = _evidence(loaded, lab, lineage)
+    provenance["determinism"] |= _shared(cfg.train, processes)
     if study or cfg.study:
         provenance["study"] = {"name": cfg.study} | (study or {})
     provenance["extensions"] = code_record(cfg.code)
@@ -128,19 +131,26 @@ def _evidence(loaded: Loaded, lab: Lab, lineage: dict | None) -> Evidence:
     "Collect what the record of a new run says about its origin"
     cfg = loaded.cfg
     repeats = (lab.device.type == "cpu" or cfg.train.deterministic) and not cfg.train.compile
+    chosen = settings(project_root())["threads"] or (cfg.train.shards != 1)
     with switches(cfg.train):
         found = collect(
             config_sha256=config_sha256(cfg),
             data=[_identity(images) for images in (lab.train, lab.test)],
             seed=cfg.seed,
-            threads=settings(project_root())["threads"] or torch.get_num_threads(),
+            threads=int(chosen) or torch.get_num_threads(),
             overrides=list(loaded.overrides),
-            mode="strict" if repeats else "best_effort",
+            mode="strict" if repeats and cfg.train.shards else "best_effort",
             streams=STREAMS,
             lineage=lineage,
         )
     found.provenance["determinism"]["compile"] = cfg.train.compile
     return found
+
+
+def _shared(train: TrainSection, processes: int) -> dict:
+    "What the record says about the processes that share a step"
+    facts = {"world_size": processes, "shards": train.shards}
+    return facts | {"world_size_changes_bits": not train.shards}
 
 # %% ../nbs/71_runner.ipynb #e61f2df2
 def _identity(images: ImageSet) -> dict:
@@ -278,6 +288,11 @@ def recorded(
         lifecycle(run, "stopped", step=e.step, reason=str(e), attempt=attempt)
         ending.bad("interrupted", e, e.step, str(e), signal=e.signal)
         raise
+    except ProcessLost as e:
+        lifecycle(run, "process_lost", reason=str(e), attempt=attempt)
+        ending.bad("interrupted", e, loop.state.step, str(e))
+        again = "`minsnr resume RUN` continues from the last checkpoint"
+        raise RunFailed(f"{run.path}: {e}, at step {loop.state.step}; {again}") from None
     except KeyboardInterrupt as e:
         ending.bad("interrupted", e, loop.state.step, "interrupted by the user")
         raise
@@ -387,11 +402,12 @@ def _origin(found: Found) -> dict:
 # %% ../nbs/71_runner.ipynb #14f574f0
 class _Claim(NamedTuple):
     attempt: int
+    processes: int  # That will share the steps
     found: Found | None  # From where training goes on
     changes: dict[str, str]  # What differs from then
 
 
-def _look(run: Run, lab: Lab, allow: tuple[str, ...], warn: Callable) -> _Claim:
+def _look(run: Run, lab: Lab, allow: tuple[str, ...], warn: Callable, processes: int) -> _Claim:
     "Which attempt would be next, from where it would go on, and whether it may"
     # before all else: what changes meanwhile makes the claim fail
     number = len(attempts_of(run)) + 1
@@ -400,15 +416,15 @@ def _look(run: Run, lab: Lab, allow: tuple[str, ...], warn: Callable) -> _Claim:
         warn(f"{run.id}: {problem}; using the checkpoint before it")
     if found is None:
         _refuse_orphan(run)
-    changes = _changes(run, lab, found)
+    changes = _changes(run, lab, found, processes)
     _refuse(run, changes, allow)
-    return _Claim(number, found, changes)
+    return _Claim(number, processes, found, changes)
 
 # %% ../nbs/71_runner.ipynb #f4bdaecb
 def _take(run: Run, lab: Lab, claim: _Claim) -> _Claim:
     "Own the run, with its log where the checkpoint left it"
     facts: dict[str, Any] = {"device": str(lab.device), "torch": torch.__version__}
-    facts |= {"overrides_allowed": sorted(claim.changes)}
+    facts |= {"overrides_allowed": sorted(claim.changes), "world_size": claim.processes}
     origin = _origin(claim.found) if claim.found else None
     attempt = start_attempt(run, origin, facts, claim.attempt)
     found, _ = find_checkpoint(run)  # once more: now nobody else can change it
@@ -418,15 +434,37 @@ def _take(run: Run, lab: Lab, claim: _Claim) -> _Claim:
         rewind(run, found.manifest["metrics"]["bytes"] if found else 0, attempt)
     return claim._replace(found=found)
 
+# %% ../nbs/71_runner.ipynb #1fb0a5ac
+_OTHERS = "from minsnr_nb.rank import take_part; take_part()"
+
+
+@contextmanager
+def sharing(
+    run: Run,
+    loop: Loop,  # In the state that all begin with; given its team
+    processes: int,  # This one included
+) -> Iterator[None]:
+    "Share the steps with other processes for a while"
+    if processes == 1:
+        yield
+        return
+    order = {"run": str(run.path), "device": str(loop.device)}
+    with Hired(processes, _OTHERS, order, fast=not loop.cfg.train.shards) as hired:
+        loop.team = first = First(hired)
+        send_files(first, snapshot(loop))
+        yield
+
 # %% ../nbs/71_runner.ipynb #d57a7e02
-def _train(run: Run, lab: Lab, loop: Loop, attempt: int, warn: Callable[[str], None]) -> None:
+def _train(run: Run, lab: Lab, loop: Loop, claim: _Claim, warn: Callable[[str], None]) -> None:
     "Train on record, answering requests"
+    attempt = claim.attempt
     service, heart = Requests(run, attempt), Heartbeat(run, attempt)
     loop.callbacks += [heart, service]
     if lab.device.type == "cpu":
         loop.callbacks.append(SlowSteps(warn))
     with heart, recorded(run, loop, attempt), catching(service):
-        train(loop)
+        with sharing(run, loop, claim.processes):
+            train(loop)
         service.check(loop)
         # while nobody may seal it yet
         lifecycle(run, "completed", attempt=attempt, step=loop.state.step)
@@ -448,7 +486,7 @@ def _go_on(run: Run, lab: Lab, claim: _Claim, warn: Callable, begin: Callable | 
         elif begin is not None:
             begin(loop)
         lifecycle(run, "started", attempt=attempt, step=loop.state.step)
-        _train(run, lab, loop, attempt, warn)
+        _train(run, lab, loop, claim, warn)
 
 # %% ../nbs/71_runner.ipynb #5de8298d
 def run_to_end(
@@ -458,10 +496,11 @@ def run_to_end(
     allow: tuple[str, ...] = (),  # Differences that may change bits: "code", "torch", …
     begin: Callable[[Loop], None] | None = None,  # Changes the state before the first step
     force: bool = False,  # Take the run over from an owner that lives, or may live
+    processes: int = 1,  # That share each step, this one included
 ) -> Run:
     "Train a run to its end, from its newest checkpoint if there is one"
     with threads(run.threads()), switches(lab.cfg.train):
-        claim = _look(run, lab, allow, warn)
+        claim = _look(run, lab, allow, warn, processes)
         refuse_owner(run, force, warn)
         with desk(run.path, f"attempt{claim.attempt}"):
             _go_on(run, lab, _take(run, lab, claim), warn, begin)
@@ -469,15 +508,17 @@ def run_to_end(
     return run
 
 # %% ../nbs/71_runner.ipynb #42005905
-def _changes(run: Run, lab: Lab, found: Found | None) -> dict[str, str]:
+def _changes(run: Run, lab: Lab, found: Found | None, processes: int) -> dict[str, str]:
     "What differs from the start of the run, or from its checkpoint, and can change bits"
     stamp = run.provenance()
     then: dict[str, Any] = {"code": stamp["source"]["digest"][:12], "torch": stamp["env"]["torch"]}
     now = {"code": source_digest()["digest"][:12], "torch": torch.__version__}
     if found:
-        keys = ("torch", "num_threads", "device", "world_size")
-        then |= {k: found.manifest.get(k) for k in keys}
-        now |= conditions(lab.device)
+        own = conditions(lab.device, processes)
+        if lab.cfg.train.shards:
+            own.pop("world_size")  # one tree of shards, whoever computes them
+        then |= {k: found.manifest.get(k) for k in own}
+        now |= own
     changes = {k: f"{then[k]} then, {now[k]} now" for k in then if then[k] != now[k]}
     return changes | data_changes(run, lab)
 
