@@ -5,33 +5,38 @@
 # %% auto #0
 __all__ = ['take_part']
 
-# %% ../nbs/75_rank.ipynb #95ce75d7
+# %% ../nbs/75_rank.ipynb #f377389d
+import importlib
 import json
+from contextlib import suppress
 
 from .api import config_of
 from .checkpoint import take_up
-from .errors import MinsnrError
 from .lab import build
 from .record.directory import open_run
 from .runner import switches, threads
-from .team import READY, Linked, Place, receive_files, take_place
-from .train_loop import Loop, train
+from .team import Answer, Linked, Place, gate, receive_files
+from .train_loop import Loop, NonFiniteLoss, train
 
-# %% ../nbs/75_rank.ipynb #791b30cd
-def take_part() -> None:
-    "Take the steps of a run beside its first process, and end with it"
-    order, answer = take_place()
-    try:
-        run = open_run(order["run"])
-        cfg = config_of(run)
-        lab = build(cfg, order["device"])
-        with threads(run.threads()), switches(cfg.train):
-            loop = Loop(cfg, lab.state(), lab.objective, lab.train, device=lab.device)
-            answer(READY)
-            loop.team = team = Linked(Place(**order["place"]))
-            files = receive_files(team)
-            take_up(loop, files, json.loads(files.pop("state.json")))
+# %% ../nbs/75_rank.ipynb #cb536561
+def _take_steps(place: Place, order: dict, answer: Answer) -> None:
+    "Take the steps of a run beside its first process"
+    run = open_run(order["run"])
+    cfg = config_of(run)
+    lab = build(cfg, order["device"])
+    with threads(run.threads()), switches(cfg.train):
+        loop = Loop(cfg, lab.state(), lab.objective, lab.train, device=lab.device)
+        answer(ready=True)
+        loop.team = team = Linked(place)
+        files = receive_files(team)
+        take_up(loop, files, json.loads(files.pop("state.json")))
+        with suppress(NonFiniteLoss):  # the first one has seen the same
             train(loop)
-    except (MinsnrError, RuntimeError, OSError, MemoryError) as e:
-        answer(f"{type(e).__name__}: {e}")
-        raise SystemExit(1) from None
+
+
+def take_part() -> None:
+    "Be the other processes of a run"
+    for late in ("torch._dynamo", "sklearn.datasets"):  # what building a lab imports
+        with suppress(ImportError):
+            importlib.import_module(late)
+    gate(_take_steps)

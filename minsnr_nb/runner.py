@@ -35,7 +35,7 @@ from .record.provenance import Evidence, collect, papermill_call, source_digest,
 from .settings import project_root, settings
 from .guard import places_in
 from .requests import Requests, Stopped, catching
-from .team import First, Hired, ProcessLost, send_files
+from .team import Hired, ProcessLost, lead, send_files
 from .record.directory import Run, create_run
 from .record.directory import write_summary
 from .record.checks import is_sealed
@@ -450,7 +450,7 @@ def sharing(
         return
     order = {"run": str(run.path), "device": str(loop.device)}
     with Hired(processes, _OTHERS, order, fast=not loop.cfg.train.shards) as hired:
-        loop.team = first = First(hired)
+        loop.team = first = lead(hired)
         send_files(first, snapshot(loop))
         yield
 
