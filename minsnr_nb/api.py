@@ -41,7 +41,7 @@ from .record.promote import Model, find_model, promote
 from .record.repro import verify
 from .settings import project_root, settings
 from .guard import inside
-from .shards import refuse_processes
+from .processes.shards import refuse_processes
 from .record.directory import Run, open_run, refuse_strange
 from .record.directory import write_summary
 from .record.state import attempts_of, derive_state, refuse_owner

@@ -245,7 +245,7 @@ def restore(
         said = (str(e).splitlines() or [type(e).__name__])[0]
         raise CheckpointError(f"{found.path}: does not fit this config: {said}") from None
 
-
+# %% ../nbs/52_checkpoint.ipynb #63a8dcce
 def take_up(
     loop: Loop,  # Freshly built from the same config; changed in place
     files: dict[str, bytes],  # Tensor files, as `snapshot` gave them

@@ -26,8 +26,8 @@ from .data import ImageSet, flips, order, pixels
 from .ema import EMA
 from .objective import Objective
 from .seeds import stream, torch_seed
-from minsnr_nb.shards import (
-    ALONE,
+from minsnr_nb.processes.shards import (
+    SOLO,
     Team,
     Tree,
     memory,
@@ -120,7 +120,7 @@ def gradients(
     objective: Objective,  # Target, weight and density
     batch: Batch,  # The whole one
     cfg: Config,  # Reads seed, train.precision, train.shards
-    team: Team = ALONE,  # Processes that share the work
+    team: Team = SOLO,  # Processes that share the work
 ) -> tuple[Tensor, Tensor]:  # Weighted and plain error of every example, (B,) both
     "Differentiate the mean loss of a batch, shard by shard"
     shards, losses = cfg.train.shards or team.size, []
@@ -158,7 +158,7 @@ def train_step(
     objective: Objective,  # Target, weight and density
     batch: Batch,  # From `draw_batch`
     cfg: Config,  # Reads seed, optim, train.precision, train.shards
-    team: Team = ALONE,  # Processes that share the work
+    team: Team = SOLO,  # Processes that share the work
 ) -> StepResult:
     "Take one optimiser step"
     lr = lr_at(state.step, cfg.optim)
@@ -294,7 +294,7 @@ class Loop:
         default_factory=lambda: defaultdict(float)
     )  # Spent on data, step, evaluation, …
     since: float = 0.0  # When the part began that is going on
-    team: Team = ALONE  # Processes that share the work
+    team: Team = SOLO  # Processes that share the work
 
     @property
     def done(self) -> bool:

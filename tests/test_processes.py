@@ -132,7 +132,11 @@ def test_processes_a_loss_without_numbers_ends_all_of_them(config, tmp_path):
 
 def test_processes_fast_sum_is_close_and_says_so(config, alone, tmp_path):
     run = train_run(
-        config, overrides=("train.shards=0", "train.steps=8"), run_root=tmp_path, device="cpu", processes=2
+        config,
+        overrides=("train.shards=0", "train.steps=8"),
+        run_root=tmp_path,
+        device="cpu",
+        processes=2,
     )
     said = run.provenance()["determinism"]
     assert (said["mode"], said["world_size_changes_bits"]) == ("best_effort", True)
