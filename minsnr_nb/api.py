@@ -104,7 +104,7 @@ def train_run(
     for file in runs:
         refuse_elsewhere(loaded.cfg, file)
     refuse_processes(loaded.cfg.train, processes)
-    lab = build(loaded.cfg, device)
+    lab = _shareable(build(loaded.cfg, device), processes)
     if any(c.name == "evaluate" for c in loaded.cfg.callbacks):
         with threads(settings(project_root())["threads"]):
             _ = lab.evaluator.anchors  # a metric that cannot be computed is a wrong request, too
@@ -113,6 +113,14 @@ def train_run(
     with printed(run, 0):
         announce(run)
     return run_to_end(run, lab, warn, begin=begin, processes=processes)
+
+# %% ../nbs/72_api.ipynb #3740e5a1
+def _shareable(lab: Lab, processes: int) -> Lab:
+    "Refuse to share the steps of a device on which that was not tried"
+    if processes > 1 and lab.device.type != "cpu":
+        on = f"steps are shared on a CPU only, and the device is {lab.device}; --device cpu makes it so"
+        raise ConfigError(f"--processes {processes}: {on}")
+    return lab
 
 # %% ../nbs/72_api.ipynb #009ccc16
 def _start(cfg: Config, lab: Lab) -> tuple[Callable[[Loop], None] | None, dict | None]:
@@ -184,7 +192,7 @@ def resume_run(
     if not run.notebook.exists():  # killed before its study could keep the notebook
         tell_papermill(run)
     if derive_state(run) != "completed":
-        lab = build(cfg, device)
+        lab = _shareable(build(cfg, device), processes)
         return run_to_end(run, lab, warn, allow, _begin_again(run, cfg, lab), force, processes)
     close(run)
     return run

@@ -70,7 +70,7 @@ def below(process: psutil.Process) -> list[psutil.Process]:
 def started(*words) -> tuple:
     "A command on its way: its process, its run, and the processes it has started, when it has taken some steps"
     child = subprocess.Popen(
-        [BIN / "minsnr", *map(str, words), "--processes", "2"],
+        [BIN / "minsnr", *map(str, words), "--processes", "2", "--device", "cpu"],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -106,10 +106,10 @@ def test_processes_that_are_killed_end_in_one_line_and_change_no_bit(config, alo
     out, err = child.communicate(timeout=LOST)
     assert time.monotonic() - since < LOST and child.returncode == 1
     (line,) = err.splitlines()
-    assert "process 1 of 2 was killed by SIGKILL, at step" in line and "minsnr resume" in line
+    assert "rank 1 of 2 was killed by SIGKILL, at step" in line and "minsnr resume" in line
     assert out == "" and not gate.is_running()
     status = json.loads((run / "meta/status.json").read_text())
-    assert status["state"] == "interrupted" and "process 1 of 2" in status["reason"]
+    assert status["state"] == "interrupted" and "rank 1 of 2" in status["reason"]
     child, _, others = started("resume", run)
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()

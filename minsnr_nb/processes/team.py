@@ -52,7 +52,8 @@ class Place(NamedTuple):
 # %% ../../nbs/processes/11_team.ipynb #a5abe42e
 def _group(place: Place, listening: int | None) -> Any:
     "Connect with everybody else"
-    wait, first = timedelta(seconds=place.patience), place.rank == 0
+    first = place.rank == 0
+    wait = timedelta(seconds=place.patience) if first else timedelta(days=30)
     listen = {"master_listen_fd": listening} if first else {}
     where: Any = ("127.0.0.1", place.port, place.size, first, wait, False)
     store = dist.TCPStore(*where, **listen)  # type: ignore[arg-type]
@@ -275,10 +276,10 @@ def cause(self: Hired) -> str:
     self.listen(lambda told: False, 0.1)  # what the others say about the same
     for rank, said in self.told.items():
         if said.get("ended", 0) < 0:
-            return f"process {rank} of {size} was killed by {signal.Signals(-said['ended']).name}"
+            return f"rank {rank} of {size} was killed by {signal.Signals(-said['ended']).name}"
     for rank, said in self.told.items():
         if blamed(said):
-            return f"process {rank} of {size} ended: {said.get('failed', 'without a word')}"
+            return f"rank {rank} of {size} ended: {said.get('failed', 'without a word')}"
     return f"a process did not answer for {self.place.patience:g} s"
 
 # %% ../../nbs/processes/11_team.ipynb #74cb530b
