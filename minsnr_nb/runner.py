@@ -516,7 +516,7 @@ def run_to_end(
     return run
 
 # %% ../nbs/71_runner.ipynb #42005905
-def _changes(run: Run, lab: Lab, found: Found | None, processes: int) -> dict[str, str]:
+def _changes(run: Run, lab: Lab, found: Found | None, processes: int = 1) -> dict[str, str]:
     "What differs from the start of the run, or from its checkpoint, and can change bits"
     stamp = run.provenance()
     then: dict[str, Any] = {"code": stamp["source"]["digest"][:12], "torch": stamp["env"]["torch"]}
