@@ -41,6 +41,7 @@ from .record.promote import Model, find_model, promote
 from .record.repro import verify
 from .settings import project_root, settings
 from .guard import inside
+from .processes.shards import refuse_processes
 from .record.directory import Run, open_run, refuse_strange
 from .record.directory import write_summary
 from .record.state import attempts_of, derive_state, refuse_owner
@@ -95,21 +96,31 @@ def train_run(
     study: dict | None = None,  # Which arm of which study
     announce: Callable[[Run], None] = quiet,  # Called as soon as the directory exists
     warn: Callable[[str], None] = quiet,  # Called with lines a person should see
+    processes: int = 1,  # That share each step
 ) -> Run:
     "Train a new run from a config"
     runs = _runs_around(sources)
     loaded = for_training(load(*sources, overrides=overrides))
     for file in runs:
         refuse_elsewhere(loaded.cfg, file)
-    lab = build(loaded.cfg, device)
+    refuse_processes(loaded.cfg.train, processes)
+    lab = _shareable(build(loaded.cfg, device), processes)
     if any(c.name == "evaluate" for c in loaded.cfg.callbacks):
         with threads(settings(project_root())["threads"]):
             _ = lab.evaluator.anchors  # a metric that cannot be computed is a wrong request, too
     begin, lineage = _start(loaded.cfg, lab)
-    run = new_run(loaded, lab, run_root, study, lineage)
+    run = new_run(loaded, lab, run_root, study, lineage, processes)
     with printed(run, 0):
         announce(run)
-    return run_to_end(run, lab, warn, begin=begin)
+    return run_to_end(run, lab, warn, begin=begin, processes=processes)
+
+# %% ../nbs/72_api.ipynb #3740e5a1
+def _shareable(lab: Lab, processes: int) -> Lab:
+    "Refuse to share the steps of a device on which that was not tried"
+    if processes > 1 and lab.device.type != "cpu":
+        on = f"steps are shared on a CPU only, and the device is {lab.device}; --device cpu makes it so"
+        raise ConfigError(f"--processes {processes}: {on}")
+    return lab
 
 # %% ../nbs/72_api.ipynb #009ccc16
 def _start(cfg: Config, lab: Lab) -> tuple[Callable[[Loop], None] | None, dict | None]:
@@ -165,10 +176,12 @@ def resume_run(
     warn: Callable[[str], None] = quiet,
     allow: tuple[str, ...] = (),  # Differences that may change bits: "code", "torch", …
     force: bool = False,  # Take the run over from an owner that lives, or may live
+    processes: int = 1,  # That share each step; not always as many as before
 ) -> Run:
     "Continue a run from its newest intact checkpoint; a complete one is left as it is"
     run = open_run(path)
     cfg = config_of(run)
+    refuse_processes(cfg.train, processes)
     if sources or overrides:
         given = load(*(sources or [run.config_path]), overrides=overrides, code=cfg.code).cfg
         if different := differences_told(cfg, given):
@@ -179,8 +192,8 @@ def resume_run(
     if not run.notebook.exists():  # killed before its study could keep the notebook
         tell_papermill(run)
     if derive_state(run) != "completed":
-        lab = build(cfg, device)
-        return run_to_end(run, lab, warn, allow, _begin_again(run, cfg, lab), force)
+        lab = _shareable(build(cfg, device), processes)
+        return run_to_end(run, lab, warn, allow, _begin_again(run, cfg, lab), force, processes)
     close(run)
     return run
 

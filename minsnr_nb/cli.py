@@ -83,6 +83,7 @@ _TARGETS = ["x0", "eps", "v", "u", "F"]
 _Target = Annotated[Literal["x0", "eps", "v", "u", "F"], {"choices": _TARGETS, "type": str}]
 _Lane = Annotated[str | None, {"opt": False, "nargs": "?"}]
 _Column = Annotated[str | None, {"metavar": "KEY"}]
+_Number = Annotated[int, {"metavar": "N"}]
 
 # %% ../nbs/73_cli.ipynb #dd27359a
 @_verb("train")
@@ -92,13 +93,14 @@ def _train(
     resume: Annotated[str | None, {"metavar": "RUN"}] = None,  # Continue this run
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
     run_root: _Dir = None,  # Where runs live; settings.ini has the default
+    processes: _Number = 1,  # That share each step, as train.shards allows; no bit depends on it
     trust_code: _Hash = None,  # Accept the run's own code, once you have read it
 ) -> None:
     "Train a config: minsnr train CONFIG [CONFIG …] [key=value …] [--resume RUN]"
     from minsnr_nb.api import resume_run, train_run
 
     files, settings = _files(config, *overrides)
-    where: dict = {"device": device, "announce": announce, "warn": _warn}
+    where: dict = {"device": device, "announce": announce, "warn": _warn, "processes": processes}
     if resume:
         resume_run(resume, *files, overrides=settings, **where)
     else:
@@ -118,12 +120,14 @@ def _resume(
     allow: _Each = None,  # A difference that may change bits: code, torch, …
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
     force: bool = False,  # Take it over from a process that lives, or may live
+    processes: _Number = 1,  # That share each step; not always as many as before
     trust_code: _Hash = None,  # Accept the run's own code, once you have read it
 ) -> None:
     "Continue a run from its last checkpoint: minsnr resume RUN"
     from minsnr_nb.api import resume_run
 
     how: dict = {"device": device, "force": force, "announce": announce, "warn": _warn}
+    how["processes"] = processes
     resume_run(run, overrides=overrides, allow=tuple(allow or ()), **how)
 
 # %% ../nbs/73_cli.ipynb #ccc380fa

@@ -104,6 +104,8 @@ class TrainSection(BaseModel):
     "Optimiser steps"
     batch_size: PositiveInt = 128
     "Images per step"
+    shards: NonNegativeInt = 1
+    "Equal parts of a batch, a power of two, added in one fixed order; 0: one per process, any order"
     flip: bool = False
     "Mirror images at random"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -258,6 +260,10 @@ def cross_problems(cfg: "Config") -> list[tuple[tuple, str]]:
     if cfg.objective.prediction == "eps" and cfg.schedule.zero_terminal_snr:
         msg = "'eps' cannot be used with schedule.zero_terminal_snr: x0 is unknown at SNR = 0; use 'x0', 'v', 'u' or 'F'"
         out.append((("objective", "prediction"), msg))
+    if (shards := cfg.train.shards) & (shards - 1) or cfg.train.batch_size % (shards or 1):
+        fit = [2**k for k in range(8) if cfg.train.batch_size % 2**k == 0]
+        msg = f"{shards} equal parts of a batch of {cfg.train.batch_size} cannot be added in pairs; use 0 or one of {fit}"
+        out.append((("train", "shards"), msg))
     for section in ("metrics", "callbacks"):
         names = [lane.name for lane in getattr(cfg, section)]
         twice = sorted({n for n in names if names.count(n) > 1})

@@ -51,6 +51,7 @@ OTHER = {  # another value for each key; a key that is missing here fails the fi
     "optim.clip_norm": 0.001,
     "train.steps": 5,
     "train.batch_size": 8,
+    "train.shards": 4,
     "train.flip": True,
     "train.precision": "bf16",
     "train.deterministic": True,

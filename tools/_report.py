@@ -20,6 +20,7 @@ class Folder(NamedTuple):
 FOLDERS = {
     "record": Folder(9, without=("torch",)),
     "images": Folder(19, without=("record",)),
+    "processes": Folder(19.5, without=("record",)),
     "analysis": Folder(69, without=("record",)),
     "sweep": Folder(72.5),
 }
@@ -29,7 +30,7 @@ HEART = ((20, 51), (60, 62))
 RESOLVES = ("lab",)
 # Hand-written modules and their places: plumbing whose tests are in tests/
 PLAIN = {"errors": -3, "strict_yaml": -2, "durable": -1, "pm_engine": 6, "all": 100}
-PLAIN |= {"capture": 69.1, "own_code": 69.2}
+PLAIN |= {"capture": 69.1, "own_code": 69.2, "rank": 72.1}
 
 
 def pages(root: Path) -> list[Path]:
