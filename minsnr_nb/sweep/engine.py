@@ -249,8 +249,9 @@ class Pool:
         for sentinel in wait([*self.working], timeout):
             trial, process, pipe = self.working.pop(sentinel)
             process.join()
-            kind, words = pipe.recv() if pipe.poll() else ("died", f"exit code {process.exitcode}")
-            pipe.close()
+            kind, words = "died", f"exit code {process.exitcode}"
+            with pipe, suppress(EOFError):  # the end of a pipe is all that a killed process says
+                kind, words = pipe.recv()
             yield trial, kind, words
 
     def stop(self) -> None:
