@@ -6,12 +6,14 @@
 __all__ = ['ANSWERS', 'ARRAY', 'SCRIPT', 'Dask', 'sbatch']
 
 # %% ../../nbs/sweep/15_cluster.ipynb #d8282752
+import asyncio
 import logging
 import os
 import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,17 @@ from .plan import Trial, read_plan
 ANSWERS = 10.0  # seconds that a scheduler has to answer
 
 
+async def _identity(address: str, wait_s: float) -> dict:
+    "Ask a scheduler who it is; a client would wait for ever for one that is deaf"
+    from distributed import rpc
+
+    async def ask() -> dict:
+        async with rpc(address) as scheduler:
+            return await scheduler.identity()
+
+    return await asyncio.wait_for(ask(), wait_s)
+
+
 class Dask:
     "Workers of a Dask scheduler, as the crew of a sweep"
 
@@ -36,12 +49,13 @@ class Dask:
 
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # we say what is lost ourselves
         try:
+            with ThreadPoolExecutor(1) as aside:  # a notebook has a loop of its own
+                aside.submit(asyncio.run, _identity(address, wait_s)).result()
             self.client = Client(address, timeout=wait_s, set_as_default=False)
         except (OSError, ValueError, ImportError) as e:
-            why = str(e).splitlines()[0] if str(e) else type(e).__name__
-            raise ConfigError(
-                f"--scheduler {address}: no answer within {wait_s:.0f} s: {why}"
-            ) from None
+            why = "".join(f": {line}" for line in str(e).splitlines()[:1])
+            said = f"no answer of a scheduler within {wait_s:.0f} s{why}"
+            raise ConfigError(f"--scheduler {address}: {said}") from None
         self.address, self.warn, self.about = address, warn, ("", "")
         self.working: dict[Any, tuple[Trial, str]] = {}  # future -> trial, address of its worker
         self.threads: dict[str, int] = {}  # of each worker
