@@ -532,10 +532,10 @@ def _swept(file: str, run_root: str | None, crew: Any, part: tuple[int, int] | N
 
     with _teller() as tell:
         plan, home = run_sweep(file, 1, run_root, tell, _warn, crew, part or (0, 1))
-    states = [m.state for m in made(plan, home)]
+    first, every = part or (0, 1)
+    states = [m.state for m in made(plan._replace(trials=plan.trials[first::every]), home)]
     if part is None:
         _verdict_said(plan, home)
-    states = states[part[0] :: part[1]] if part else states
     fine = {"completed", "planned"} if plan.sweep.rule.sequential else {"completed"}
     return int(not fine.issuperset(states))
 
@@ -543,7 +543,7 @@ def _swept(file: str, run_root: str | None, crew: Any, part: tuple[int, int] | N
 def _task(file: str, index: str, of: int, run_root: str | None) -> int:
     "One trial of a study, by its place in the plan, or every so many from there"
     from minsnr_nb.settings import project_root, settings
-    from minsnr_nb.sweep.engine import Pool, one_thread, run_trial, stoppable
+    from minsnr_nb.sweep.engine import Pool, own_threads, run_trial, stoppable
     from minsnr_nb.sweep.plan import declared, read_plan
 
     with stoppable("the same command goes on"):
@@ -553,7 +553,7 @@ def _task(file: str, index: str, of: int, run_root: str | None) -> int:
             raise ConfigError(f"task: {index} is no index; 0 to {end - 1} are")
         if len(plan.trials[int(index) :: of or len(plan.trials)]) > 1:
             return _swept(file, run_root, Pool(1), (int(index), of))
-        one_thread()
+        own_threads()
         home = declared(plan, Path(run_root or settings(project_root())["runs"]))
         trial = plan.trials[int(index)]
         words = run_trial(plan, home, trial, _warn)

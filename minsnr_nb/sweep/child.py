@@ -40,7 +40,7 @@ def answer_of(
         return kind, text
     return "died", "".join([f"exit code {process.returncode}", *(f": {x}" for x in said[1])])
 
-
+# %% ../../nbs/sweep/14_child.ipynb #2eea1077
 def _waited(process: subprocess.Popen, wanted: Callable[[], bool], every: float) -> None:
     asked = False
     while process.poll() is None:

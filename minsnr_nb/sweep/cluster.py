@@ -40,7 +40,7 @@ async def _identity(address: str, wait_s: float) -> dict:
 
     return await asyncio.wait_for(ask(), wait_s)
 
-
+# %% ../../nbs/sweep/15_cluster.ipynb #b008daa8
 class Dask:
     "Workers of a Dask scheduler, as the crew of a sweep"
 
@@ -92,14 +92,14 @@ def busy(self: Dask) -> int:
     "How many trials are being worked on"
     return len(self.working)
 
-
+# %% ../../nbs/sweep/15_cluster.ipynb #18b159c4
 @patch
 def room(self: Dask) -> int:
     "How many more trials can be started now"
     self.look()
     return sum(self.free().values())
 
-
+# %% ../../nbs/sweep/15_cluster.ipynb #2731c238
 @patch
 def free(self: Dask) -> dict[str, int]:
     "Idle threads of each worker"
@@ -119,7 +119,7 @@ def start(self: Dask, trial: Trial) -> None:
     )  # fmt: skip
     self.working[future] = trial, worker
 
-
+# %% ../../nbs/sweep/15_cluster.ipynb #48d01916
 @patch
 def ended(self: Dask, timeout: float) -> Iterator[tuple[Trial, str, str]]:
     "Trials whose task has ended, or whose worker is gone"
@@ -132,7 +132,7 @@ def ended(self: Dask, timeout: float) -> Iterator[tuple[Trial, str, str]]:
             del self.working[future]
             yield trial, *self.said(future, worker)
 
-
+# %% ../../nbs/sweep/15_cluster.ipynb #955437fc
 @patch
 def said(self: Dask, future: Any, worker: str) -> tuple[str, str]:
     "What a task answered, or why there is no answer"

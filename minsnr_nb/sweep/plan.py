@@ -111,7 +111,7 @@ class Sweep(BaseModel):
         keys, every = (*self.axes, *self.zip), product(product(*self.axes.values()), rows)
         return [dict(zip(keys, map(_plain, (*a, *row)), strict=True)) for a, row in every]
 
-
+# %% ../../nbs/sweep/11_plan.ipynb #7bfb0258
 def _plain(value: Any) -> Any:
     "Settings as lists and dictionaries"
     if isinstance(value, Mapping):
@@ -141,7 +141,7 @@ def _unclear(sweep: Sweep) -> list[str]:
         out += [f"{part}: {key} is set by {where} too" for where in others[:1]]
     return out
 
-
+# %% ../../nbs/sweep/11_plan.ipynb #36645f75
 def _meet(one: str, other: str) -> bool:
     "Whether two keys are the same, or one is a part of the other"
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
