@@ -15,8 +15,8 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -240,21 +240,26 @@ def _runs(
     *,
     columns: _Names = None,  # Config keys, names of metrics
     where: _Names = None,  # Conditions, as in seed=1
+    study: _Text = None,  # Only its runs, with arm and seed
     sort: _Column = None,  # Write --sort=-KEY for the largest first
     json: bool = False,  # For scripts
     run_root: _Dir = None,  # Where runs live; settings.ini has the default
 ) -> None:
-    "List runs: minsnr runs [--columns KEY …] [--where KEY=VALUE …] [--sort KEY] [--json]"
+    "List runs: minsnr runs [--columns KEY …] [--where KEY=VALUE …] [--study NAME] [--json]"
     from minsnr_nb.record.index import run_rows
 
     root = Path(run_root) if run_root else _run_root()
-    rows = run_rows(root, columns or (), where or (), sort)
+    wanted = [*(columns or []), *(["study"] if study else [])]
+    rows = run_rows(root, wanted, where or (), sort)
+    if study:
+        rows = _studied([row for row in rows if row["study"] == study], sort)
     if json:
         _say(_as_json(rows))
     elif rows:
         _say(_columns([_short(row, columns or []) for row in rows]))
-    elif where and (total := len(run_rows(root))):
-        _say(f"no run matches {' and '.join(where)}; {total} runs in {root}")
+    elif (where or study) and (total := len(run_rows(root))):
+        asked = [*(where or []), *([f"--study {study}"] if study else [])]
+        _say(f"no run matches {' and '.join(asked)}; {total} runs in {root}")
     else:
         _say(f"no runs in {root}")
 
@@ -265,10 +270,25 @@ def _run_root() -> Path:
 
     return Path(settings(project_root())["runs"])
 
+# %% ../nbs/73_cli.ipynb #a7f57112
+def _studied(rows: list[dict], sort: str | None) -> list[dict]:
+    "Rows of a study with arm and axes, as the records of the runs say; by seed unless sorted"
+    from minsnr_nb.record.directory import Run
+
+    out = []
+    for row in rows:
+        about: dict = {}
+        with suppress(MinsnrError, OSError, ValueError):
+            about = Run(Path(row["path"])).provenance().get("study") or {}
+        out.append(row | {"arm": about.get("arm"), "axes": about.get("axes") or {}})
+    return out if sort else sorted(out, key=lambda r: (r["seed"], str(r["axes"]), str(r["arm"])))
+
 # %% ../nbs/73_cli.ipynb #344e208f
 def _short(row: dict, columns: list[str]) -> dict:
     "What a line of the list says about one run"
     out = {"run": os.path.relpath(row["path"]), "state": row["state"]}
+    if "axes" in row:
+        out |= {"arm": row["arm"]} | row["axes"]
     if row["state"] == "unreadable":
         return out | {"loss": row["reason"][:60]}
     out |= {"step": f"{row['step']}/{row['total_steps']}", "loss": row["loss"], "seed": row["seed"]}
@@ -468,38 +488,79 @@ _Study = Annotated[str, {"metavar": "STUDY", "nargs": "+"}]
 def _sweep(
     *study: _Study,  # STUDY.yaml, or: task STUDY.yaml INDEX
     workers: int = 1,  # Processes at once
+    scheduler: Annotated[str | None, {"metavar": "ADDRESS"}] = None,  # Of Dask, instead of workers
     run_root: _Dir = None,  # Where runs live; settings.ini has the default
     dry_run: bool = False,  # List the runs and their cost, and make none
+    sbatch: bool = False,  # Print a script for Slurm
+    of: int = 0,  # task: work on every OF-th trial, from INDEX
 ) -> int:
     "Make every run of a study, or go on with it: minsnr sweep STUDY.yaml [--workers N]"
+    if study[0] == "task" and len(study) == 3:
+        return _task(study[1], study[2], of, run_root)
+    if len(study) != 1:
+        raise ConfigError(f"sweep takes one study, not {len(study)}: {' '.join(study)}")
+    if of:
+        raise ConfigError("--of: only a task has it: minsnr sweep task STUDY.yaml INDEX --of N")
+    if dry_run:
+        return _planned(study[0])
+    if sbatch:
+        return _script(study[0], run_root)
+    with _crew(scheduler, workers) as crew:
+        return _swept(study[0], run_root, crew)
+
+# %% ../nbs/73_cli.ipynb #9e4ae4ff
+def _script(file: str, run_root: str | None) -> int:
+    "Print the script of an array of jobs"
+    from minsnr_nb.sweep.cluster import sbatch
+
+    _say(sbatch(file, run_root, str(Path(sys.argv[0]).resolve())).rstrip())
+    return 0
+
+
+def _crew(scheduler: str | None, workers: int) -> Any:
+    "Who works on the trials of a sweep"
+    from minsnr_nb.sweep.engine import Pool
+
+    pool = Pool(workers)
+    if scheduler is None:
+        return nullcontext(pool)
+    from minsnr_nb.sweep.cluster import Dask
+
+    return Dask(scheduler, _warn)
+
+
+def _swept(file: str, run_root: str | None, crew: Any, part: tuple[int, int] | None = None) -> int:
+    "Run a sweep, or a part of one, and say what came of it"
     from minsnr_nb.sweep.engine import run_sweep
     from minsnr_nb.sweep.verdict import made
 
-    if study[0] == "task" and len(study) == 3:
-        return _task(study[1], study[2], run_root)
-    if len(study) != 1:
-        raise ConfigError(f"sweep takes one study, not {len(study)}: {' '.join(study)}")
-    if dry_run:
-        return _planned(study[0])
-    plan, home = run_sweep(study[0], workers, run_root, _teller(), _warn)
-    _verdict_said(plan, home)
-    states = [m.state for m in made(plan, home)]
+    with _teller() as tell:
+        plan, home = run_sweep(file, 1, run_root, tell, _warn, crew, part or (0, 1))
+    first, every = part or (0, 1)
+    states = [m.state for m in made(plan._replace(trials=plan.trials[first::every]), home)]
+    if part is None:
+        _verdict_said(plan, home)
     fine = {"completed", "planned"} if plan.sweep.rule.sequential else {"completed"}
     return int(not fine.issuperset(states))
 
 # %% ../nbs/73_cli.ipynb #84cf4ab5
-def _task(file: str, index: str, run_root: str | None) -> int:
-    "One trial of a study, by its place in the plan"
+def _task(file: str, index: str, of: int, run_root: str | None) -> int:
+    "One trial of a study, by its place in the plan, or every so many from there"
     from minsnr_nb.settings import project_root, settings
-    from minsnr_nb.sweep.engine import run_trial
+    from minsnr_nb.sweep.engine import Pool, own_threads, run_trial, stoppable
     from minsnr_nb.sweep.plan import declared, read_plan
 
-    plan = read_plan(file)
-    if not index.isdigit() or int(index) >= len(plan.trials):
-        raise ConfigError(f"task: {index} is no index; 0 to {len(plan.trials) - 1} are")
-    home = declared(plan, Path(run_root or settings(project_root())["runs"]))
-    trial = plan.trials[int(index)]
-    words = run_trial(plan, home, trial, _warn)
+    with stoppable("the same command goes on"):
+        plan = read_plan(file)
+        end = min(of or len(plan.trials), len(plan.trials))
+        if not index.isdigit() or int(index) >= end:
+            raise ConfigError(f"task: {index} is no index; 0 to {end - 1} are")
+        if len(plan.trials[int(index) :: of or len(plan.trials)]) > 1:
+            return _swept(file, run_root, Pool(1), (int(index), of))
+        own_threads()
+        home = declared(plan, Path(run_root or settings(project_root())["runs"]))
+        trial = plan.trials[int(index)]
+        words = run_trial(plan, home, trial, _warn)
     _say(f"{trial.id}: {trial.arm} seed {trial.pair}: {words}")
     return int(words.startswith("ended"))
 
@@ -516,26 +577,38 @@ def _planned(file: str) -> int:
     ]
     _say(_columns(rows))
     cost = cost_of(plan)
-    _say(
-        f"{len(rows)} runs, about {cost['seconds']:.0f} s of training each, {cost['hours']:.2f} core hours"
-    )
+    time = f"{cost['training']:.0f} s of training and {cost['evaluation']:.0f} s of evaluation"
+    size = f"{cost['files']:.0f} files, {cost['bytes'] / 1e6:.1f} MB"
+    _say(f"{len(rows)} runs; each about {time}, {size}")
+    _say(f"all: {cost['hours']:.2f} core hours, {cost['disk'] / 1e6:.0f} MB")
     return 0
 
 # %% ../nbs/73_cli.ipynb #d05e1841
-def _teller() -> Callable:
-    "Say how far a sweep is whenever a run has ended"
+@contextmanager
+def _teller() -> Iterator[Callable]:
+    "Say how far a sweep is: a bar where somebody is watching, otherwise a line whenever a run has ended"
+    from tqdm.auto import tqdm
+
+    from minsnr_nb.callbacks import bar_wanted
+
+    bar = tqdm(desc="sweep", unit="run", disable=not bar_wanted(), leave=False)
     told: list[int] = []  # runs that had ended: at first, and when it was last said
 
     def tell(now: Any) -> None:
         over, rest = now.done + now.ended, now.working + now.left
-        if told[1:] != [over]:
+        said = f"{now.done} sealed, {now.ended} failed, {now.working} at work, {now.left} waiting"
+        said = "; ".join([said, *now.verdict])
+        bar.total, bar.initial = over + rest, told[0] if told else over
+        bar.n = over
+        bar.set_postfix_str(said)
+        if told[1:] != [over] and bar.disable:
             first = told[0] if told else over
-            each = now.seconds / (over - first) if over > first else 0.0
-            eta = f", about {each * rest:.0f} s" if each else ""
-            _warn(f"{now.done} runs sealed, {now.ended} failed, {rest} to go{eta}")
-            told[:] = [first, over]
+            eta = now.seconds / (over - first) * rest if over > first else 0.0
+            _warn(f"{said}; {rest} to go" + (f", about {eta:.0f} s" if eta else ""))
+        told[:] = [told[0] if told else over, over]
 
-    return tell
+    with bar:
+        yield tell
 
 # %% ../nbs/73_cli.ipynb #62bff4dd
 @_verb("verdict")
@@ -763,7 +836,8 @@ def _said(e: Exception) -> str:
     name = (getattr(e, "name", None) or "").split(".")[0]
     if name in ("", "minsnr_nb"):
         return ""
-    return f"{name} is not installed; `pip install 'minsnr_nb[lab]'` brings it"
+    extra = "dask" if name in ("dask", "distributed") else "lab"
+    return f"{name} is not installed; `pip install 'minsnr_nb[{extra}]'` brings it"
 
 
 def _ended(e: Exception, said: str) -> int:

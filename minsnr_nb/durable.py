@@ -33,6 +33,7 @@ except ImportError:  # Windows
 
 __all__ = [
     "Appender",
+    "Busy",
     "Displaced",
     "DurableError",
     "alone",
@@ -64,6 +65,10 @@ class DurableError(MinsnrError):
     "A file operation failed; the message names the operation, the path and the errno"
 
     errno: int | None = None
+
+
+class Busy(DurableError):
+    "Another living process holds the lock of a directory"
 
 
 class Displaced(DurableError):
@@ -357,7 +362,7 @@ def _lock(fd: int, folder, wait_s: float) -> None:
         except BlockingIOError:
             if time.monotonic() > end:
                 busy = f"another process has been writing for {wait_s:.0f} s; try again later"
-                raise DurableError(f"cannot lock {folder}: {busy}") from None
+                raise Busy(f"cannot lock {folder}: {busy}") from None
             time.sleep(0.02)
         except OSError:  # a file system without locks
             return None

@@ -10,6 +10,7 @@ Installed as the default engine through the `papermill.engine` entry point, so t
   command that can be typed again;
 - the executed notebook is replaced as a whole at every save, also by papermill itself, and copied
   into every run it made;
+- the kernel is reached by sockets in a directory of its own, so that notebooks may start at the same time;
 - while a run trains, the bar says which arm, which step and how long it still takes;
 - an expected error inside the kernel is one line on the terminal, not a page of traceback, and so is
   Ctrl-C; a value that is refused before the first run leaves no output notebook.
@@ -35,6 +36,7 @@ from papermill.engines import NBClientEngine, NotebookExecutionManager, papermil
 from papermill.inspection import _infer_parameters
 from papermill.iorw import LocalHandler, papermill_io
 from papermill.translators import translate_parameters
+from traitlets.config import Config
 
 from minsnr_nb import errors
 from minsnr_nb.durable import make_dir, remove, replace
@@ -211,6 +213,7 @@ class StudyEngine(NBClientEngine):
                 "output": str(output_path or ""),
                 "runs_list": str(manager.runs_list),
             }
+            kwargs = _sockets(scratch) | kwargs
             with _environment(MINSNR_PM=json.dumps(record)):
                 cls._execute(manager, kernel_name, log_output, kwargs)
             _raise_expected(manager.nb, None if manager.runs() else lambda: _put_back(target, kept))
@@ -235,6 +238,18 @@ class StudyEngine(NBClientEngine):
             manager.cleanup_pbar()
             manager.notebook_complete()
             manager.keep()
+
+
+def _sockets(scratch: str) -> dict:
+    """Let the kernel be reached by files in a directory of its own, where the system has such sockets.
+
+    A TCP port is chosen first and opened by the kernel later: of several notebooks that start at once, two may
+    choose the same one, and the second fails with "address already in use".
+    """
+    place = f"{scratch}/k"
+    if os.name != "posix" or len(place) > 90:  # the path of a socket has at most 107 bytes
+        return {}
+    return {"config": Config({"KernelManager": {"transport": "ipc", "ip": place}})}
 
 
 QUIET = [

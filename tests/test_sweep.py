@@ -6,12 +6,18 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from minsnr_nb.errors import ConfigError
 from minsnr_nb.record.checks import check_run, is_sealed
@@ -93,6 +99,16 @@ def products(plan, home) -> dict[str, dict]:
         ({"rule": {"n": 9}}, "9 seeds are asked for, and 3 are listed"),
         ({"primary": {"metric": "fd", "smallest": 2.0}}, "sweep.primary.smallest"),
         ({"arms": {"constant": {}, "same": {"loss": {"name": "constant"}}}}, "the same run"),
+        (
+            {"zip": {"optim.lr": [1e-3, 1e-2], "model.width": [8]}},
+            "there are 1 of model.width, 2 of optim.lr",
+        ),
+        ({"zip": {"optim.lr": []}}, "sweep.zip"),
+        ({"axes": {"optim.lr": [1e-3]}, "zip": {"optim.lr": [1e-2]}}, "set by sweep.axes too"),
+        ({"zip": {"loss.gamma": [5.0]}}, "loss.gamma is set by sweep.arms.min_snr_5 too"),
+        ({"axes": {"seed": [1, 2]}}, "seed is set by sweep.seeds too"),
+        ({"rule": {"most": 2}}, "rule.most: has no effect"),
+        ({"rule": {"sequential": True, "most": 9}}, "9 seeds are asked for, and 3 are listed"),
     ],
 )
 def test_sweep_a_senseless_plan_is_refused(tmp_path, capsys, change, said):
@@ -133,6 +149,93 @@ def test_sweep_words_of_the_command_are_checked(tmp_path, capsys):
         done = typed(capsys, *words)
         assert done.returncode == 2 and said in done.stderr, (words, done.stderr)
     assert not (tmp_path / "r").exists()
+
+
+def test_sweep_keys_of_a_zip_change_together(tmp_path):
+    change = {
+        "zip": {"optim.lr": [1e-3, 1e-2], "train.steps": [6, 4]},
+        "axes": {"model.width": [4, 8]},
+    }
+    plan = read_plan(written(tmp_path, change))
+    assert len(plan.trials) == 2 * 2 * 2 * 3 == len({t.id for t in plan.trials})
+    rows = {
+        (t.config["optim"]["lr"], t.config["train"]["steps"], t.config["model"]["width"])
+        for t in plan.trials
+    }
+    assert rows == {(1e-3, 6, 4), (1e-3, 6, 8), (1e-2, 4, 4), (1e-2, 4, 8)}
+    assert {"optim.lr", "train.steps", "model.width"} == plan.trials[0].axes.keys()
+    assert len(plan.sweep.questions) == 4
+
+
+def test_sweep_a_sequential_study_has_no_trials_beyond_its_last_seed(made, tmp_path):
+    "The verdict misses no seed that the study gives up before"
+    rule = {"rule": {"sequential": True, "most": 2}}
+    plan = read_plan(written(tmp_path, rule))
+    assert {t.pair for t in plan.trials} == {0, 1} and len(plan.trials) == 4
+    path, root = written(tmp_path, rule, study="short"), tmp_path / "runs"
+    plan, home = engine.run_sweep(path, 1, root, crew=Here())
+    (question,) = verdict_of(plan, home)
+    assert question.arms["min_snr_5"]["n"] == 2 and all(g.ok for g in question.gates)
+
+
+class Here:
+    "A crew that works in this process, and notes whom it was given"
+
+    def begin(self, path, home):
+        self.plan, self.home, self.given, self.words = read_plan(path), home, [], []
+
+    def room(self):
+        return 1 - len(self.words)
+
+    def busy(self):
+        return len(self.words)
+
+    def start(self, trial):
+        self.given.append(trial.id)
+        self.words = [(trial, "", engine.run_trial(self.plan, self.home, trial))]
+
+    def ended(self, timeout):
+        time.sleep(0 if self.words else min(timeout, 0.1))
+        words, self.words = self.words, []
+        return words
+
+    def stop(self):
+        pass
+
+
+def test_sweep_a_run_that_failed_before_is_counted_and_not_started(made, tmp_path):
+    plan, home = made
+    root = shutil.copytree(home.parents[1], tmp_path / "runs")
+    run = claimed_run(root / "sweeps/tiny", plan.trials[0].id)
+    status = json.loads((run.path / "meta/status.json").read_text())
+    (run.path / "meta/seal.json").unlink()
+    (run.path / "meta/status.json").write_text(json.dumps(status | {"state": "failed"}))
+    said, seen, crew = [], [], Here()
+    engine.run_sweep(written(tmp_path), 1, root, seen.append, said.append, crew)
+    assert crew.given == [] and [(s.done, s.ended) for s in seen] == [(5, 1)]
+    assert said == ["constant seed 0: ended without its last step: failed"]
+
+
+def test_sweep_a_trial_of_somebody_else_is_asked_for_after_pauses(made, tmp_path):
+    "Two others work on it; each time it is left for longer, and no process is started in between"
+    from minsnr_nb.durable import alone
+
+    plan, home = made
+    root = shutil.copytree(home.parents[1], tmp_path / "runs")
+    trial = plan.trials[0]
+    (root / "sweeps/tiny" / trial.id / "run").unlink()
+    start, crew = time.monotonic(), Here()
+    with alone(root / "sweeps/tiny" / trial.id):
+        seen = []
+
+        def tell(now):
+            seen.append(now.left)
+            if time.monotonic() - start > 2.5:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            engine.run_sweep(written(tmp_path), 1, root, tell, crew=crew)
+    assert crew.given in ([trial.id] * 2, [trial.id]) and max(seen) == 1
 
 
 # --- workers that die -----------------------------------------------------------------------------
@@ -182,7 +285,9 @@ def test_sweep_goes_on_after_its_workers_and_itself_were_killed(made, tmp_path):
     assert again.returncode == 0, err
     plan, home = read_plan(path), root / "sweeps/tiny"
     assert len(list_runs(root)) == len(plan.trials) == 6
-    assert products(plan, home) == products(*made)
+    have, want = products(plan, home), products(*made)
+    assert [(t, n) for t in want for n in want[t] if have[t].get(n) != want[t][n]] == []
+    assert have.keys() == want.keys() and all(have[t].keys() == want[t].keys() for t in want)
     assert all(is_sealed(r) and all(c.ok for c in check_run(r.path)) for r in list_runs(root))
     assert "by probe/x0" in out and "n = 3 seeds" in out
 
@@ -215,6 +320,58 @@ def test_sweep_a_trial_that_somebody_works_on_is_left_alone(tmp_path):
     with alone(home / plan.trials[0].id):
         assert engine.run_trial(plan, home, plan.trials[0]) == engine.LEFT
     assert list_runs(tmp_path / "runs") == []
+
+
+def limited(size: int, *words) -> tuple[int, list[str]]:
+    "Type a command where no file may be longer than so many bytes: its exit code, and what it said"
+    from minsnr_nb.cli import main
+    from tests.harness.lab import fork
+
+    ours, theirs = os.pipe()
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open(theirs, "w")
+        code = main([str(w) for w in words])
+        sys.stderr.flush()
+        os._exit(code)
+
+    pid = fork(work)
+    os.close(theirs)
+    with open(ours) as said:
+        lines = said.read().splitlines()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lines
+
+
+@pytest.mark.skipif(resource is None, reason="limits are of POSIX")
+def test_sweep_a_full_disk_is_one_line_and_nothing_is_half_made(made, tmp_path):
+    path, root = written(tmp_path), tmp_path / "runs"
+    code, (line,) = limited(100, "sweep", path, "--run-root", root)
+    assert code == 1 and line.startswith("minsnr: cannot claim") and "(EFBIG)" in line
+    assert [p for p in root.rglob("*") if p.is_file()] == []
+    code, (line,) = limited(20_000, "sweep", "task", path, 0, "--run-root", root)
+    assert code in (1, 2) and "cannot write" in line and "(EFBIG)" in line
+    assert not [p for p in root.rglob(".*") if p.name != ".index.sqlite"] and list_runs(root) == []
+    plan, home = read_plan(path), root / "sweeps/tiny"
+    assert [engine.run_trial(plan, home, t) for t in plan.trials[:2]] == [engine.DONE] * 2
+    want = products(*made)
+    assert products(plan._replace(trials=plan.trials[:2]), home).items() <= want.items()
+
+
+@pytest.mark.skipif(resource is None, reason="limits are of POSIX")
+def test_sweep_a_disk_that_is_full_for_a_checkpoint_is_no_end_of_a_trial(tmp_path):
+    "The run is called failed, and goes on as if nothing had been once there is room"
+    wide = {"model": STUDY["model"] | {"width": 256}}
+    path, root = written(tmp_path, {"seeds": [0]}, **wide), tmp_path / "runs"
+    words = ("sweep", "task", path, 0, "--run-root", root)
+    for _ in range(2):
+        code, (line,) = limited(1_000_000, *words)
+        assert code == 1 and "cannot write" in line and "(EFBIG)" in line
+    plan, home = read_plan(path), root / "sweeps/tiny"
+    assert engine.run_trial(plan, home, plan.trials[0]) == engine.DONE
+    one, other = plan._replace(trials=plan.trials[:1]), declared(plan, tmp_path / "other")
+    assert engine.run_trial(plan, other, plan.trials[0]) == engine.DONE
+    assert products(one, home) == products(one, other)
 
 
 # --- verdicts -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 from _report import FOLDERS, PLAIN, main, module_of, pages
 
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
-MAX_BYTES, MAX_CELLS, MAX_TOP = 300_000, 120, 32
+MAX_BYTES, MAX_CELLS, MAX_TOP = 300_000, 120, 33
 MIN_PROSE = (
     0.3  # markdown cells for each cell of code; a cell that holds only a heading does not count
 )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'NOT_NUMBERS', 'FROZEN', 'fence', 'set_status', 'read_status', 'beat', 'owner_of', 'is_ours', 'lives',
-           'signs', 'still_for', 'recall', 'label', 'derive_state', 'watch', 'owner_said', 'attempts_of',
+           'signs', 'still_for', 'recall', 'label', 'derive_state', 'watch', 'owner_said', 'Owned', 'attempts_of',
            'refuse_owner', 'start_attempt']
 
 # %% ../../nbs/record/16_state.ipynb #cd5ce3c1
@@ -196,6 +196,10 @@ def owner_said(run: Run) -> str:
     owner = owner_of(run) or {}
     return f"process {owner.get('pid')} on {owner.get('host')}"
 
+# %% ../../nbs/record/16_state.ipynb #2443318f
+class Owned(ConfigError):
+    "A living process works on the run"
+
 # %% ../../nbs/record/16_state.ipynb #8fce1e7e
 FROZEN: tuple[str, ...] = (
     "config.yaml",
@@ -224,7 +228,7 @@ def refuse_owner(
         alive = watch(run, tell)
     if alive and not force:
         where = f"{run.path}: is {state}, written by {owner_said(run)}"
-        raise ConfigError(f"{where}; stop that process first, or resume with --force")
+        raise Owned(f"{where}; stop that process first, or resume with --force")
 
 # %% ../../nbs/record/16_state.ipynb #8ef8a1e3
 def start_attempt(
@@ -253,7 +257,7 @@ def start_attempt(
         mine = False
     if not mine:
         durable.close_desk(run.path)
-        raise ConfigError(f"{run.path}: another process has just claimed attempt {number}")
+        raise Owned(f"{run.path}: another process has just claimed attempt {number}")
     durable.clear_desks(run.path)
     _tidy(run, number)
     beat(run, (resumed_from or {}).get("step", 0), number)

@@ -9,7 +9,7 @@ __all__ = ['Name', 'Outcome', 'Seed', 'AGAIN', 'ELSEWHERE', 'SeedRange', 'Primar
 # %% ../../nbs/sweep/11_plan.ipynb #be3d6d3a
 import json
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -66,7 +66,12 @@ class Rule(BaseModel):
     alpha: Annotated[float, Gt(0), Lt(0.5)] = 0.05
     "Chance of a false better or worse"
     most: Annotated[int, Ge(2)] | None = None
-    "Seeds at which a sequential study gives up"
+    "Seeds at which a sequential study gives up; all that are listed when absent"
+
+    @property
+    def limit(self) -> int | None:
+        "Seeds that are trained at most"
+        return self.most if self.sequential else self.n
 
 # %% ../../nbs/sweep/11_plan.ipynb #681ca0aa
 class Sweep(BaseModel):
@@ -81,6 +86,8 @@ class Sweep(BaseModel):
     "Name of an arm, and the settings that make it"
     axes: dict[str, Annotated[tuple, MinLen(1)]] = {}
     "Keys with several values; every combination is a question of its own"
+    zip: dict[str, Annotated[tuple, MinLen(1)]] = {}
+    "Keys whose values change together, row by row; every row is a question of its own"
     again: bool = False
     "Train the baseline once more with other seeds, as an arm that must not differ"
     primary: Primary = Primary()
@@ -91,23 +98,80 @@ class Sweep(BaseModel):
     "What is predicted of an arm; the report says whether it came true"
 
     @property
-    def all_seeds(self) -> tuple[int, ...]:
+    def listed(self) -> tuple[int, ...]:
         "Seeds in their order"
         s = self.seeds
         return tuple(range(s.first, s.first + s.count)) if isinstance(s, SeedRange) else s
 
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        "Seeds that are trained: those listed, up to what the rule allows"
+        return self.listed[: self.rule.limit]
+
+    @property
+    def questions(self) -> list[dict[str, Any]]:
+        "Every combination of the axes, with every row of `zip`"
+        rows = [*zip(*self.zip.values(), strict=True)] or [()]
+        keys, every = (*self.axes, *self.zip), product(product(*self.axes.values()), rows)
+        return [dict(zip(keys, map(_plain, (*a, *row)), strict=True)) for a, row in every]
+
+# %% ../../nbs/sweep/11_plan.ipynb #7bfb0258
+def _plain(value: Any) -> Any:
+    "Settings as lists and dictionaries"
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+# %% ../../nbs/sweep/11_plan.ipynb #ad1281ba
+def _unclear(sweep: Sweep) -> list[str]:
+    "Keys that have two values at once, and rows that do not fit"
+    out, keys = [], [("axes", k) for k in sweep.axes] + [("zip", k) for k in sweep.zip]
+    lengths = {k: len(v) for k, v in sweep.zip.items()}
+    if len({*lengths.values()}) > 1:
+        said = ", ".join(f"{n} of {k}" for k, n in lengths.items())
+        out.append(f"zip: values change together, and there are {said}")
+    for i, (part, key) in enumerate(keys):
+        others = [f"sweep.{p}" for p, k in keys[:i] if _meet(k, key)]
+        others += [
+            f"sweep.arms.{a}"
+            for a, of in sweep.arms.items()
+            if any(_meet(k, key) for k in _ends(of))
+        ]
+        others += [
+            word
+            for word in ("sweep.seeds", "study")
+            if _meet(word.removeprefix("sweep.").rstrip("s"), key)
+        ]
+        out += [f"{part}: {key} is set by {where} too" for where in others[:1]]
+    return out
+
+# %% ../../nbs/sweep/11_plan.ipynb #36645f75
+def _meet(one: str, other: str) -> bool:
+    "Whether two keys are the same, or one is a part of the other"
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _ends(settings: Mapping, at: str = "") -> Iterator[str]:
+    "The full names of all values in nested settings"
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _ends(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}"
+
 # %% ../../nbs/sweep/11_plan.ipynb #bdc3f0e4
 def _senseless(sweep: Sweep) -> list[str]:
     "What does not fit together"
-    seeds, rule, out = sweep.all_seeds, sweep.rule, []
+    seeds, rule, out = sweep.listed, sweep.rule, _unclear(sweep)
     if sweep.baseline not in sweep.arms:
         out.append(f"baseline: no arm {sweep.baseline!r}{nearest(sweep.baseline, sweep.arms)}")
     if again := [s for s in set(seeds) if seeds.count(s) > 1]:
         out.append(f"seeds: {again[0]} is listed twice")
-    if rule.n and rule.n > len(seeds):
-        out.append(f"rule.n: {rule.n} seeds are asked for, and {len(seeds)} are listed")
-    if rule.sequential and (rule.most or len(seeds)) > len(seeds):
-        out.append(f"rule.most: {rule.most} seeds may be needed, and {len(seeds)} are listed")
+    for key, other in (("n", rule.sequential), ("most", not rule.sequential)):
+        if (count := getattr(rule, key)) and count > len(seeds):
+            out.append(f"rule.{key}: {count} seeds are asked for, and {len(seeds)} are listed")
+        if count and other:
+            out.append(f"rule.{key}: has no effect; `n` ends a study, `most` a sequential one")
     for arm in sweep.expected.keys() - (sweep.arms.keys() - {sweep.baseline}):
         others = sorted(sweep.arms.keys() - {sweep.baseline})
         out.append(f"expected: no arm {arm!r} beside the baseline{nearest(arm, others)}")
@@ -133,7 +197,7 @@ class Trial(NamedTuple):
 
     id: str  # 12 hexadecimal digits of its resolved settings
     arm: str
-    axes: dict[str, Any]  # Key -> value
+    axes: dict[str, Any]  # Key -> value, those of `zip` too
     pair: int  # The seed that it shares with the other arms
     config: dict  # Resolved settings
 
@@ -152,13 +216,6 @@ class Plan(NamedTuple):
         arm = self.sweep.arms[self.sweep.baseline if trial.arm == AGAIN else trial.arm]
         about = {"seed": seed, "study": self.name}
         return self.shared, _nested(trial.axes), _plain(arm), about
-
-
-def _plain(value: Any) -> Any:
-    "Settings as lists and dictionaries"
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 # %% ../../nbs/sweep/11_plan.ipynb #1945ab6a
 def _nested(axes: Mapping[str, Any]) -> dict:
@@ -192,15 +249,11 @@ def _expanded(plan: Plan, file: str) -> tuple[Trial, ...]:
     "Every trial of a plan, seed by seed so that a pair is complete as early as possible"
     sweep, found = plan.sweep, []
     arms = [*sweep.arms, *([AGAIN] if sweep.again else [])]
-    for values in product(*sweep.axes.values()):
-        axes = dict(zip(sweep.axes, values, strict=True))
-        for arm in arms:
-            first = Trial("", arm, axes, sweep.all_seeds[0], {})
-            where = ": ".join([file, f"sweep.arms.{arm}", *(f"{k}={v}" for k, v in axes.items())])
-            config, move = _resolved(plan, first, where), ELSEWHERE if arm == AGAIN else 0
-            found += [
-                _identified(first._replace(pair=s), config, s + move) for s in sweep.all_seeds
-            ]
+    for axes, arm in product(sweep.questions, arms):
+        first = Trial("", arm, axes, sweep.all_seeds[0], {})
+        where = ": ".join([file, f"sweep.arms.{arm}", *(f"{k}={v}" for k, v in axes.items())])
+        config, move = _resolved(plan, first, where), ELSEWHERE if arm == AGAIN else 0
+        found += [_identified(first._replace(pair=s), config, s + move) for s in sweep.all_seeds]
     order = {seed: i for i, seed in enumerate(sweep.all_seeds)}
     return tuple(sorted(found, key=lambda t: order[t.pair]))
 
@@ -268,11 +321,11 @@ def declared(
 ) -> Path:  # Directory of the sweep, which holds plan.json
     "Write down a plan before its first run, or agree with what was written down"
     home = Path(run_root) / "sweeps" / plan.name
-    facts: dict[str, Any] = {"study": plan.name, "sweep": plan.sweep.model_dump(mode="json")}
-    trials = [
-        {"id": t.id, "arm": t.arm, "axes": _plain(t.axes), "pair": t.pair} for t in plan.trials
-    ]
-    facts |= {"trials": trials}
+    asked = plan.sweep.model_dump(mode="json")
+    if not asked["zip"]:  # a study that was declared before there was `zip` is the same study
+        del asked["zip"]
+    trials = [{"id": t.id, "arm": t.arm, "axes": t.axes, "pair": t.pair} for t in plan.trials]
+    facts: dict[str, Any] = {"study": plan.name, "sweep": asked, "trials": trials}
     record = {"schema_version": 1, "declared_at_utc": utc_now(), "sha256": _sealed(facts), **facts}
     if not (home / "plan.json").is_file():
         make_dir(home)

@@ -8,7 +8,6 @@ __all__ = ['OVER', 'WAY', 'FACTOR', 'CLIPPED', 'Finding', 'findings', 'Made', 'c
 
 # %% ../../nbs/sweep/12_verdict.ipynb #8251748a
 from collections.abc import Mapping
-from itertools import product
 from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -438,8 +437,7 @@ def verdict_of(
     "Answer every question of a study"
     found = made(plan, home)
     out = []
-    for values in product(*plan.sweep.axes.values()):
-        axes = dict(zip(plan.sweep.axes, values, strict=True))
+    for axes in plan.sweep.questions:
         out.append(answer(plan, axes, [m for m in found if m.trial.axes == axes]))
     return out
 
