@@ -11,6 +11,7 @@ __all__ = ['Objective', 'shift', 'refuse_double_counting', 'refuse_prediction', 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from .config import Positive
 from .errors import ConfigError
 from .density import DENSITIES, Density, make_density, uniform_density  # noqa: F401 the lane
 from .diffusion import SIGMA_DATA, Prediction, add_noise, error_ratio, target
-from .minsnr_loss import contains_density, loss_weight, snr_speed
+from .minsnr_loss import WEIGHTINGS, contains_density, loss_weight, snr_speed
 from .schedule import NoiseSchedule
 from .seeds import Stream
 
@@ -222,11 +223,11 @@ def proportional_density(
     schedule: NoiseSchedule,  # T levels of noise
     *,
     weighting: str = "min_snr",  # Entry of WEIGHTINGS
-    gamma: Positive | None = None,  # Of that weighting, if it has one
+    gamma: Positive = 5.0,  # Of that weighting, where it has one
     prediction: Prediction = "x0",  # Whose factor is meant; that of the objective
 ) -> Density:
     "as often as a weighting would count each level; goes with loss.name constant"
-    keywords = {} if gamma is None else {"gamma": gamma}
+    keywords = {"gamma": gamma} if "gamma" in signature(WEIGHTINGS[weighting]).parameters else {}
     weight = loss_weight(weighting, schedule.snr, prediction=prediction, **keywords)
     if not weight.isfinite().all():
         raise ConfigError(f"density.weighting: {weighting!r} is infinite on the {prediction} loss")

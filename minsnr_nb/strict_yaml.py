@@ -8,6 +8,8 @@ for millions of values), then each value as it is made. `write_yaml` writes what
 
 import re
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -132,6 +134,13 @@ def read_yaml(
     source: str = "<text>",  # Its name in messages
 ) -> tuple[Any, dict]:  # Plain values, and {key path: "file:line"}
     "Read one YAML document strictly"
+    data, where = _read(text, source)
+    return deepcopy(data), dict(where)
+
+
+@lru_cache(maxsize=32)
+def _read(text: str, source: str) -> tuple[Any, dict]:
+    "The same, once for each text: a run's config is asked for by many"
     if problem := _text_problem(text):
         raise ConfigError(f"{source}: {problem}")
     where: dict = {}

@@ -31,7 +31,11 @@ def as_undisturbed(path: Path, root: Path, made) -> None:  # noqa: F811
     assert len(runs) == len(plan.trials) == 4
     assert all(is_sealed(r) and all(c.ok for c in check_run(r.path)) for r in runs)
     for id, have in products(plan, home).items():
-        assert [n for n in {*have, *want[id]} if have.get(n) != want[id].get(n)] == []
+        assert not {
+            n: (have.get(n), want[id].get(n))
+            for n in {*have, *want[id]}
+            if have.get(n) != want[id].get(n)
+        }
 
 
 def killed(root: Path, found=trainers) -> int:

@@ -171,7 +171,7 @@ def test_ownership_lasts_through_a_long_evaluation(lab, run, monkeypatch):
 
 def test_ownership_is_claimed_for_what_was_looked_at(lab, run, tmp_path):
     "A resume that looked, paused, and finds that another one has completed the run"
-    claim = runner._look(run, lab.lab, (), runner.quiet)
+    claim = runner._look(run, lab.lab, (), runner.quiet, 1)
     lab.train(run)
     before = things(run)
     with pytest.raises(ConfigError, match="another process has just claimed attempt 1"):
@@ -183,7 +183,7 @@ def test_ownership_that_comes_after_a_completion_changes_nothing(lab, run):
     "The process that was called dead completed the run just before it was claimed"
     lab.train(run)
     before, said = things(run), []
-    claim = runner._look(run, lab.lab, (), said.append)
+    claim = runner._look(run, lab.lab, (), said.append, 1)
     with durable.desk(run.path, "test"):
         runner._go_on(run, lab.lab, runner._take(run, lab.lab, claim), said.append, None)
         runner.close(run)

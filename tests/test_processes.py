@@ -90,9 +90,10 @@ def step_of(run) -> int:
 
 
 def test_processes_four_give_the_bits_of_one(config, alone, tmp_path):
+    before = below(psutil.Process())  # of other tests
     run = train_run(config, run_root=tmp_path, device="cpu", processes=4)
     same(run.path, alone)
-    assert not below(psutil.Process())
+    assert not {*below(psutil.Process())} - {*before}
     said = run.provenance()["determinism"]
     assert (said["mode"], said["world_size"], said["num_threads"]) == ("strict", 4, 1)
     assert said["world_size_changes_bits"] is False
@@ -122,12 +123,12 @@ def test_processes_that_are_killed_end_in_one_line_and_change_no_bit(config, alo
 
 
 def test_processes_a_loss_without_numbers_ends_all_of_them(config, tmp_path):
-    how = ("optim.lr=1e30", "optim.warmup_steps=0")
+    how, before = ("optim.lr=1e30", "optim.warmup_steps=0"), below(psutil.Process())
     with pytest.raises(RunFailed, match="loss is nan at step"):
         train_run(config, overrides=how, run_root=tmp_path, device="cpu", processes=2)
     (run,) = (tmp_path / "tests").iterdir()
     assert derive_state(open_run(run)) == "diverged"
-    assert not below(psutil.Process())
+    assert not {*below(psutil.Process())} - {*before}
 
 
 def test_processes_fast_sum_is_close_and_says_so(config, alone, tmp_path):

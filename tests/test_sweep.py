@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 try:
@@ -59,7 +60,8 @@ def written(place: Path, sweep: dict | None = None, **settings) -> Path:
 
 
 def whole(path: Path, root: Path) -> tuple:
-    "Every trial of a study, one after another in this process"
+    "Every trial of a study, one after another in this process, with the threads of a worker"
+    torch.set_num_threads(1)
     plan = read_plan(path)
     home = declared(plan, root)
     assert [engine.run_trial(plan, home, t) for t in plan.trials] == [engine.DONE] * len(

@@ -68,7 +68,7 @@ def sections(
     return {
         "schedule": as_section(SCHEDULES, schedule, **own),
         "objective": {"prediction": prediction, "sigma_data": sigma_data},
-        "loss": as_section(WEIGHTINGS, weighting),
+        "loss": as_section(WEIGHTINGS, weighting, normalize="none"),
         "density": as_section(DENSITIES, density),
     }
 
@@ -82,8 +82,9 @@ def objective_of(
     levels = SCHEDULES.bind(schedule.pop("name"), schedule)(timesteps)
     levels = zero_terminal_snr(levels) if ending else levels
     drawn = make_density(density.pop("name"), levels, density)
-    target, name = chosen["objective"], loss.pop("name")
-    return make_objective(levels, target["prediction"], name, loss, drawn, target["sigma_data"])
+    target, name, mean = chosen["objective"], loss.pop("name"), loss.pop("normalize", "none")
+    about = (levels, target["prediction"], name, loss, drawn, target["sigma_data"])
+    return make_objective(*about, normalize=mean)
 
 # %% ../../nbs/analysis/17_explorer.ipynb #8a56e4cd
 def gaussian_floor(
@@ -243,10 +244,11 @@ def control(
     import ipywidgets as widgets
 
     kind, look = field.annotation, {"description": name, "layout": widgets.Layout(width="290px")}
+    choices = [*WEIGHTINGS] if name == "weighting" else get_args(kind)
     if kind is bool:
         made = widgets.Checkbox(value, indent=False)
-    elif get_origin(kind) is Literal:
-        made = widgets.Dropdown(options=get_args(kind), value=value)
+    elif name == "weighting" or get_origin(kind) is Literal:
+        made = widgets.Dropdown(options=choices, value=value)
     elif kind is int:
         low = bounds(field)[0] + bounds(field)[2]
         made = widgets.BoundedIntText(value, min=max(low, -(10**9)), max=10**9)
@@ -258,7 +260,7 @@ def control(
         setattr(made, key, setting)
     return made
 
-
+# %% ../../nbs/analysis/17_explorer.ipynb #9d65ab11
 def reading(
     widget: Any,  # From `control`
     first: Any,  # The value it started with
@@ -340,11 +342,13 @@ class Explorer:
     ):
         import ipywidgets as widgets
 
-        from minsnr_nb.config import ObjectiveSection, ScheduleLane
+        from minsnr_nb.config import LossLane, ObjectiveSection, ScheduleLane
 
-        own = {k: f for k, f in ScheduleLane.model_fields.items() if k != "name"}
+        lanes = {"schedule": ScheduleLane, "loss": LossLane}
+        of = {s: lane.model_fields.items() for s, lane in lanes.items()}
+        own = {s: {k: f for k, f in fields if k != "name"} for s, fields in of.items()}
         self.choosers = {
-            s: Chooser(registry, chosen[s], self._redraw, own if s == "schedule" else {})
+            s: Chooser(registry, chosen[s], self._redraw, own.get(s, {}))
             for s, registry in SECTIONS.items()
         }
         self.first, fields = dict(chosen["objective"]), ObjectiveSection.model_fields

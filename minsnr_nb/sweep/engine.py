@@ -170,7 +170,9 @@ def _answer(path: str, home: str, id: str) -> tuple[str, str]:  # What happened,
 def _work(path: str, home: str, id: str, out: Connection) -> None:
     parent = multiprocessing.parent_process()
     _ends_after(lambda: wait([parent.sentinel]))  # type: ignore[union-attr]
-    out.send(_answer(path, home, id))
+    answer = _answer(path, home, id)
+    with suppress(BrokenPipeError):  # the sweep is gone: nobody is left to be told
+        out.send(answer)
 
 
 def child() -> None:
