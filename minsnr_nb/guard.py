@@ -249,7 +249,7 @@ def weights_facts(
     "Read what a tensor file says about itself, without its numbers"
     with open_plain(path) as f:
         start, size = f.read(8), os.fstat(f.fileno()).st_size
-        head = start + f.read(min(MAX_HEADER, int.from_bytes(start, "little")))
+        head = start + f.read(min(size, MAX_HEADER, int.from_bytes(start, "little")))
     return tensor_header(head, path, size).metadata
 
 
@@ -446,7 +446,8 @@ def pickle_problem(
     if suffix in PICKLES:
         return f"{suffix} files are not allowed in a run"
     with open_plain(path) as f:
-        head, size = f.read(8 + MAX_HEADER), os.fstat(f.fileno()).st_size
+        size = os.fstat(f.fileno()).st_size
+        head = f.read(min(size, 8 + MAX_HEADER))  # a buffer of 4 MB for each small file costs more than reading it
         f.seek(0)
         if head[:6] == b"\x93NUMPY" or suffix == ".npy":
             return _npy_problem(f, size)
