@@ -619,7 +619,7 @@ def _verdict(
     json: bool = False,  # For scripts, with all that the report shows
     out: str | None = None,  # File for the report, an HTML page that stands alone
 ) -> None:
-    "Say what the runs of a study show: minsnr verdict STUDY.yaml [--json | --out REPORT.html]"
+    "Say what the runs of a study show: minsnr verdict STUDY.yaml [--json] [--out REPORT.html]"
     from minsnr_nb.settings import project_root, settings
     from minsnr_nb.sweep.plan import declared, read_plan
     from minsnr_nb.durable import replace
