@@ -11,16 +11,9 @@ from minsnr_nb.errors import ConfigError
 from minsnr_nb.record.directory import open_run
 from minsnr_nb.record.state import attempts_of
 from minsnr_nb.requests import Requests, Stopped
+from tests.harness.identity import CONFIG as SHORT
 
-CONFIG = {
-    "data": {"name": "image_folder", "path": "pictures", "size": 8},
-    "model": {"name": "mlp", "width": 8, "depth": 1},
-    "train": {"steps": 8, "batch_size": 8, "log_every": 1, "checkpoint_every": 2},
-    "callbacks": [{"name": "log_events"}, {"name": "checkpoint"}],
-    "eval": {"samples": 4, "probe_images": 4, "probe_draws": 1},
-    "metrics": [],
-    "sampler": {"name": "ddim", "steps": 1},
-}
+CONFIG = SHORT | {"train": SHORT["train"] | {"steps": 8}}
 
 
 class StopAtSix(Requests):
