@@ -447,7 +447,7 @@ def pickle_problem(
         return f"{suffix} files are not allowed in a run"
     with open_plain(path) as f:
         size = os.fstat(f.fileno()).st_size
-        head = f.read(min(size, 8 + MAX_HEADER))  # a buffer of 4 MB for each small file costs more than reading it
+        head = f.read(min(size, 8 + MAX_HEADER))  # no buffer of 4 MB for a small file
         f.seek(0)
         if head[:6] == b"\x93NUMPY" or suffix == ".npy":
             return _npy_problem(f, size)
