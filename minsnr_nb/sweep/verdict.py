@@ -259,10 +259,15 @@ def _clips(pair: list[list[Score]], names: str, arm: str) -> list[Gate]:
     return [Gate(f"the clip acts alike on {names}", abs(mine - other) <= CLIPPED, said, arm)]
 
 
+def _lost(found: list[Made], scores: Mapping, *arms: str) -> list[Made]:
+    "Runs of some arms that have no number"
+    return [m for m in found if m.trial.arm in arms and m.trial.pair not in scores[m.trial.arm]]
+
+
 def _about(sweep: Sweep, found: list[Made], scores: Mapping, arm: str) -> list[Gate]:
     "The gates of one arm"
     two, names = (arm, sweep.baseline), f"{arm} and {sweep.baseline}"
-    lost = [m for m in found if m.trial.arm in two and m.trial.pair not in scores[m.trial.arm]]
+    lost = _lost(found, scores, *two)
     said = _listed(lost) or f"{sum(len(scores[a]) for a in two)} numbers"
     gates = [Gate(f"no run of {names} is censored", not lost, said, arm)]
     pair = [list(scores[a].values()) for a in two]
@@ -351,16 +356,13 @@ def answer(
     others = [a for a in scores if a != sweep.baseline]
     gates = [_complete(found), _sound(found), _logged(scores), *_telling(scores)]
     gates += [gate for arm in others for gate in _about(sweep, found, scores, arm)]
-    whole = {a: scores[a] for a in scores if a == sweep.baseline or _censored(gates, a) is None}
+    base = sweep.baseline
+    whole = {a: x for a, x in scores.items() if a == base or not _lost(found, scores, a, base)}
     judged, scale = judge(sweep, whole)
     beside = {arm: _beside(plan, found, scores, arm) for arm in others}
     arms = _arms(sweep, found, scores, judged, gates, scale, beside)
     metric = next((x.key for of in scores.values() for x in of.values()), "")
     return Question(axes, arms, gates, scale, metric)
-
-
-def _censored(gates: list[Gate], arm: str) -> Gate | None:
-    return next((g for g in gates if g.arm == arm and "censored" in g.question and not g.ok), None)
 
 # %% ../../nbs/sweep/12_verdict.ipynb #fbb76f0a
 def _paired(mine: np.ndarray, base: np.ndarray, alpha: float) -> dict:
