@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,7 +124,8 @@ def test_harness_without_the_comparison_other_images_are_found(lab, monkeypatch)
 def test_harness_without_a_word_about_memory_its_end_is_found(lab, monkeypatch):
     for module in (runner, cli):
         monkeypatch.setattr(module, "exhausted", lambda e: "")
-    monkeypatch.setattr(ends, "LIMITS", {"memory": ends._memory})
+    least = SimpleNamespace(randrange=lambda low, high: low)  # hardly room for anything
+    monkeypatch.setattr(ends, "LIMITS", {"memory": lambda _: ends._memory(least)})
     monkeypatch.setattr(ends, "DISKS", {})
     ok, text = ends.ends(lab, 1, 0)
     assert not ok and "Traceback" in text, text

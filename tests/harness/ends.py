@@ -4,6 +4,7 @@ What can be limited on this machine is: the command has to end in one line or go
 undisturbed inventory once there is room again.
 """
 
+import ctypes
 import os
 import random
 import resource
@@ -14,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -23,6 +25,7 @@ from .notebook import study
 from .syscalls import _bases, _command, _mended, _prepare, _problems, _words_of
 
 VERBS = ("train", "resume", "eval", "sample", "fork")
+M_MMAP_THRESHOLD = -3
 LARGE = "train.batch_size=20000"  # so that the memory of a step is worth a limit
 
 
@@ -30,6 +33,8 @@ def _memory(rng: random.Random) -> None:
     with open("/proc/self/statm") as f:
         now = int(f.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     most = now + rng.randrange(1 << 16, 48 << 20)
+    with suppress(AttributeError):  # glibc's: large tensors come from the system, never from a heap
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
 
