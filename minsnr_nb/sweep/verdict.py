@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OVER', 'WAY', 'FACTOR', 'CLIPPED', 'Finding', 'findings', 'Made', 'claimed_run', 'made', 'refuse_other', 'Gate',
-           'Score', 'read_score', 'Question', 'judge', 'answer', 'verdict_of', 'as_data', 'from_data', 'sentences']
+           'Score', 'read_score', 'sense', 'Question', 'judge', 'answer', 'verdict_of', 'as_data', 'from_data',
+           'sentences']
 
 # %% ../../nbs/sweep/12_verdict.ipynb #8251748a
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -222,10 +223,30 @@ def _telling(scores: Mapping[str, Mapping[int, Score]]) -> list[Gate]:
     return [Gate("the metric tells real images from noise", bool(noise != real), apart)]
 
 # %% ../../nbs/sweep/12_verdict.ipynb #042c6761
-WAY, FACTOR = 0.5, 30.0  # least share of the way from noise; most times the score of real images
+WAY, FACTOR = 0.5, 20.0  # least share of the way from noise; most times the score of real images
 CLIPPED = 0.25  # most that shares of clipped steps may differ
 
 
+def sense(
+    values: Iterable[float],  # What the arms score
+    noise: float,  # What noise scores by the same metric
+    real: float,  # What held-out images score
+    names: str = "the better arm",  # What it is called in the question
+) -> list[tuple[str, bool, str]]:  # Question, answer, evidence
+    "Ask whether the arm nearest to real images draws images"
+    best = min(values, key=lambda value: abs(value - real))
+    way = (noise - best) / (noise - real) if noise != real else 0.0
+    times = best / real if real > 0 else 1.0
+    return [
+        (f"{names} is {WAY:.0%} of the way from noise", way >= WAY, f"{way:.0%}"),
+        (
+            f"{names} is within {FACTOR:.0f} times real images",
+            times <= FACTOR,
+            f"{times:.1f} times",
+        ),
+    ]
+
+# %% ../../nbs/sweep/12_verdict.ipynb #e9d0c47c
 def _sense(pair: list[list[Score]], names: str, arm: str) -> list[Gate]:
     "Whether the better of two arms draws images"
     ends = [
@@ -234,19 +255,8 @@ def _sense(pair: list[list[Score]], names: str, arm: str) -> list[Gate]:
     if not ends:
         return []
     noise, real = map(float, np.mean(ends, 0))
-    best = min((float(np.mean([x.value for x in of])) for of in pair), key=lambda m: abs(m - real))
-    way = (noise - best) / (noise - real) if noise != real else 0.0
-    factor = best / real if real > 0 else 1.0
-    near = f"the better of {names} is within {FACTOR:.0f} times real images"
-    return [
-        Gate(
-            f"the better of {names} is {WAY:.0%} of the way from noise",
-            way >= WAY,
-            f"{way:.0%}",
-            arm,
-        ),
-        Gate(near, factor <= FACTOR, f"{factor:.1f} times", arm),
-    ]
+    means = [float(np.mean([x.value for x in of])) for of in pair]
+    return [Gate(*said, arm) for said in sense(means, noise, real, f"the better of {names}")]
 
 # %% ../../nbs/sweep/12_verdict.ipynb #5cc7922f
 def _clips(pair: list[list[Score]], names: str, arm: str) -> list[Gate]:
