@@ -138,6 +138,8 @@ class EvalSection(BaseModel):
     "Bins of noise levels"
     probe_draws: PositiveInt = 4
     "Draws of noise for each image"
+    likelihood_draws: NonNegativeInt = 0
+    "Noise levels drawn for each image to bound its bits per dimension; 0 leaves it out"
 
 # %% ../nbs/00_config.ipynb #bffad7b4
 def _lanes(*names: str) -> tuple:

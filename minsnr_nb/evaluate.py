@@ -18,6 +18,7 @@ from .config import EvalSection
 from .data import ImageSet, pixels
 from .errors import ConfigError
 from .diffusion import SIGMA_DATA, Prediction
+from .likelihood import bits_per_dim
 from .metrics import anchors, keep
 from .objective import evaluating, probe_loss
 from .samplers import denoiser, sample
@@ -62,15 +63,25 @@ class Evaluator:
 
     def probe(self, model: nn.Module) -> dict:
         "Unweighted x0, eps and v error on frozen images, levels and noise"
-        few = torch.arange(
-            min(self.cfg.probe_images, len(self.test)), device=self.test.images.device
-        )
-        images = pixels(self.test, few).to(self.device)
         size: dict[str, Any] = {"n_bins": self.cfg.probe_bins, "draws": self.cfg.probe_draws}
-        size["sigma_data"] = self.sigma_data
-        return probe_loss(
-            model, images, self.schedule, self.prediction, stream(self.seed, "probe"), **size
-        )
+        how = self.schedule, self.prediction, stream(self.seed, "probe")
+        return probe_loss(model, self.asked, *how, **size, sigma_data=self.sigma_data)
+
+    def bits(self, model: nn.Module) -> dict[str, float]:
+        "Bits per dimension of held-out images, at most, with a standard error over images"
+        if not self.cfg.likelihood_draws:
+            return {}
+        how = self.schedule, self.prediction, stream(self.seed, "likelihood")
+        size: dict[str, Any] = {"draws": self.cfg.likelihood_draws, "sigma_data": self.sigma_data}
+        bits = bits_per_dim(model, self.asked, *how, **size)
+        error = bits.std().item() / len(bits) ** 0.5 if len(bits) > 1 else 0.0
+        return {"probe/bits_per_dim": bits.mean().item(), "probe/bits_per_dim/se": error}
+
+    @property
+    def asked(self) -> Tensor:
+        "The held-out images that the network is asked about"
+        n, device = min(self.cfg.probe_images, len(self.test)), self.test.images.device
+        return pixels(self.test, torch.arange(n, device=device)).to(self.device)
 
 # %% ../nbs/62_evaluate.ipynb #ccbe8f55
 def join_results(
@@ -115,4 +126,4 @@ def report(
     out |= {f"probe/{name}": v for name, v in probe["mean"].items()}
     for name, values in probe["per_bin"].items():
         out |= {f"probe/{name}/bin{i}": v for i, v in enumerate(values.tolist())}
-    return out | judge.anchors
+    return out | judge.bits(model) | judge.anchors

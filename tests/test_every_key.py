@@ -68,6 +68,7 @@ OTHER = {  # another value for each key; a key that is missing here fails the fi
     "eval.probe_images": 8,
     "eval.probe_bins": 2,
     "eval.probe_draws": 1,
+    "eval.likelihood_draws": 2,
 }
 SAME_NUMBERS = {"eval.batch_size"}  # a batch changes memory and time, never what is measured
 ELSEWHERE = {"extensions", "start"}  # in test_extensions and test_evaluations
