@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'STATE', 'optimizer_tensors', 'load_optimizer', 'snapshot', 'portable', 'conditions', 'make_manifest',
-           'save_checkpoint', 'settle', 'restore', 'take_up', 'Checkpoint', 'store_samples', 'Predictions',
+           'save_checkpoint', 'settle', 'restore', 'take_up', 'Checkpoint', 'store_samples', 'Predictions', 'Snapshots',
            'state_sha256']
 
 # %% ../nbs/52_checkpoint.ipynb #5f8e73eb
@@ -327,6 +327,25 @@ class Predictions(Callback):
         facts |= {"sampler": {"name": about.cfg.sampler.name} | about.cfg.sampler.keywords}
         facts["weights_sha256"] = state_sha256(about.network.state_dict())
         return [store_samples(about.run, about.sample(about.network, self.n), **facts)]
+
+# %% ../nbs/52_checkpoint.ipynb #0ae7992b
+@CALLBACKS.register("snapshots")
+class Snapshots(Callback):
+    "Keep the averaged weights now and then, so that averages of other lengths can be made"
+
+    order = 62
+    takes = "saving"
+
+    def __init__(self, *, every: NonNegativeInt = 0):
+        self.every = every  # 0: 32 of them in a run
+
+    def after_step(self, loop: Loop, result: StepResult) -> None:
+        if loop.due(self.every or max(1, loop.cfg.train.steps // 32)):
+            tensors = portable(loop.state.ema.model.state_dict())
+            about = {"run_id": loop.run.id, "step": str(result.step), "weights": "ema"}
+            about["sha256"] = state_sha256(tensors)
+            path = loop.run.checkpoints_dir / f"snapshot_{result.step:09d}.safetensors"
+            replace(path, _in_order(dump_tensors(tensors, metadata=about), about))
 
 # %% ../nbs/52_checkpoint.ipynb #5ae2306d
 def state_sha256(

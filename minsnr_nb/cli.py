@@ -75,6 +75,7 @@ _Text = Annotated[str | None, {"metavar": "NAME"}]
 _Dir = Annotated[str | None, {"metavar": "DIR"}]
 _Hash = Annotated[str | None, {"metavar": "HASH"}]
 _Slot = Annotated[str, {"choices": ["last", "best"]}]
+_Average = Annotated[str, {"metavar": "last|best|ema_LENGTH"}]
 _Names = Annotated[list[str] | None, {"metavar": "KEY", "nargs": "+", "type": str}]
 _Each = Annotated[list[str] | None, {"metavar": "NAME", "action": "append", "type": str}]
 _Ids = Annotated[list[str] | None, {"metavar": "ID", "action": "append", "type": str}]
@@ -135,7 +136,7 @@ def _resume(
 def _eval(
     run: _Run,  # Run directory, id, beginning of an id, or local://NAME
     *overrides: _Pair,  # At most one YAML file, and settings of the evaluation
-    weights: _Slot = "last",  # Which averaged weights
+    weights: _Average = "last",  # Which averaged weights; ema_0.2 is made from snapshots
     json: bool = False,  # For scripts
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
     allow: _Each = None,  # data: although the images have changed
@@ -167,7 +168,7 @@ def _sample(
     save_predictions: bool = False,  # As arrays, at most 64
     size: Annotated[str | None, {"metavar": "HxW"}] = None,  # Of a model's images, as a check
     out: Annotated[str, {"metavar": "DIR"}] = ".",  # Where a model's picture goes
-    weights: _Slot = "last",  # Which averaged weights
+    weights: _Average = "last",  # Which averaged weights; ema_0.2 is made from snapshots
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
     trust_code: _Hash = None,  # Accept the run's own code, once you have read it
 ) -> None:

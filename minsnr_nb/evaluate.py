@@ -18,7 +18,7 @@ from .config import EvalSection
 from .data import ImageSet, pixels
 from .errors import ConfigError
 from .diffusion import SIGMA_DATA, Prediction
-from .likelihood import bits_per_dim
+from .judge.likelihood import bits_per_dim
 from .metrics import anchors, keep
 from .objective import evaluating, probe_loss
 from .samplers import denoiser, sample

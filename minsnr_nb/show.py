@@ -141,8 +141,8 @@ def draw_curves(
     "Draw named curves over one x into given axes"
     for colour, (name, y) in zip(COLOURS * (1 + len(ys) // len(COLOURS)), ys.items(), strict=False):
         few = np.isfinite(_values(x) + _values(y)).sum() <= FEW
-        style = {"color": colour, "marker": "o" if few else None, "markersize": 4}
-        ax.plot(_values(x), _values(y), label=literal(name), **style)
+        (line,) = ax.plot(_values(x), _values(y), label=literal(name), color=colour)
+        line.set(marker="o" if few else "", markersize=4)
         if name in bands:
             low, high = map(_values, bands[name])
             ax.fill_between(_values(x), low, high, color=colour, alpha=0.25, linewidth=0)

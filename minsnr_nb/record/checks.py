@@ -474,6 +474,9 @@ def _owed(config: dict, first: int) -> dict[str, list]:
             owed["files"] += [f"artifacts/grids/step_{s:09d}.png" for s in at]
         elif cb["name"] == "predictions":
             owed["files"] += [f"artifacts/predictions/step{s:09d}_ema_*/metadata.json" for s in at]
+        elif cb["name"] == "snapshots":
+            at = due(cb.get("every") or max(1, steps // 32))
+            owed["files"] += [f"artifacts/checkpoints/snapshot_{s:09d}.safetensors" for s in at]
         elif cb["name"] == "log_events":
             owed["train"] = due(config["train"]["log_every"])
         elif cb["name"] == "evaluate":

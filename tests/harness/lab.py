@@ -28,6 +28,7 @@ CONFIG = {  # every shipped callback, evaluation included
         *({"name": n} for n in ("checkpoint", "grad_share")),
         {"name": "sample_grid", "n": 4},
         {"name": "predictions", "n": 2},
+        {"name": "snapshots", "every": 3},
     ],
     "metrics": [{"name": "fd"}],
     "sampler": {"name": "ddim", "steps": 1},
