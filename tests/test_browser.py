@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from minsnr_nb.analysis.explorer import objective_of, sections, summary, view
+from minsnr_nb.sweep.engine import run_sweep
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -21,6 +22,21 @@ pytestmark = pytest.mark.skipif(
     reason="no chromium here (Debian: apt-get install chromium chromium-driver)",
 )
 CELL = "from minsnr_nb.analysis.explorer import explore\n\nexplore()"
+BOARD = "from minsnr_nb.sweep.board import SweepBoard\n\nSweepBoard('../tiny.yaml', '../runs')"
+STUDY = """
+study: tiny
+model: {name: mlp, width: 8, depth: 1}
+train: {steps: 2, batch_size: 16, checkpoint_every: 2}
+callbacks: [{name: log_events}, {name: evaluate}, {name: checkpoint}]
+metrics: []
+sampler: {name: ddim, steps: 1}
+eval: {every: 2, samples: 4, probe_images: 16, probe_draws: 1}
+sweep:
+  seeds: {count: 2}
+  baseline: constant
+  arms: {constant: {loss: {name: constant}}, mine: {loss: {name: min_snr, gamma: 5.0}}}
+  primary: {metric: probe/x0}
+"""
 IDLE = """const lab = window.jupyterapp, panel = lab && lab.shell.currentWidget;
 const kernel = panel && panel.sessionContext && panel.sessionContext.session;
 return Boolean(kernel && kernel.kernel && kernel.kernel.status === 'idle');"""
@@ -37,7 +53,7 @@ def until(condition, seconds: float = 30):
 
 
 @pytest.fixture
-def lab(tmp_path, monkeypatch):
+def lab(tmp_path, monkeypatch, request):
     "JupyterLab on a copy of a small notebook; the address of that notebook"
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     home, cell = (
@@ -45,7 +61,10 @@ def lab(tmp_path, monkeypatch):
         {"cell_type": "code", "id": "one", "metadata": {}, "outputs": []},
     )
     kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-    notebook = {"cells": [cell | {"source": CELL, "execution_count": None}], "metadata": kernel}
+    notebook = {
+        "cells": [cell | {"source": getattr(request, "param", CELL), "execution_count": None}],
+        "metadata": kernel,
+    }
     (tmp_path / "nbs").mkdir()
     text = json.dumps(notebook | {"nbformat": 4, "nbformat_minor": 5})
     (tmp_path / "nbs/look.ipynb").write_text(text)
@@ -122,3 +141,24 @@ def test_browser_gamma_is_dragged(lab, browser):
         )
     )
     assert not image.is_displayed()
+
+
+@pytest.mark.parametrize("lab", [BOARD], indirect=True)
+def test_browser_a_board_shows_runs_that_somebody_else_makes(lab, browser, tmp_path):
+    "Empty cells and no verdict at first; a look later, signs and sentences"
+    (tmp_path / "tiny.yaml").write_text(STUDY)
+    browser.get(lab)
+    until(lambda: browser.execute_script(IDLE))
+    browser.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    cells = lambda state: browser.find_elements("css selector", f"td[title='{state}']")  # noqa: E731
+    until(lambda: len(cells("waiting")) == 4)
+    told = lambda: browser.find_element("css selector", ".jp-OutputArea").text  # noqa: E731
+    assert "appears when every run has ended" in told() and "mine" in told()
+
+    run_sweep(tmp_path / "tiny.yaml", 1, tmp_path / "runs")
+    browser.find_element("xpath", "//button[contains(., 'look again')]").click()
+    until(lambda: len(cells("completed")) == 4)
+    until(lambda: "appears when every run has ended" not in told())
+    assert "4 completed" in told() and "mine and constant are" in told()
+    if place := os.environ.get("MINSNR_SCREENSHOT"):
+        Path(place).write_bytes(browser.get_screenshot_as_png())
