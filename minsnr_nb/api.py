@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['refuse_elsewhere', 'train_run', 'differences_told', 'config_of', 'resume_run', 'read_tensors', 'fill', 'load_network',
            'eval_run', 'sample_run', 'fork_run', 'continue_run', 'verify_run', 'promote_run', 'sample_model',
-           'eval_model']
+           'eval_model', 'eval_autoencoder', 'recon']
 
 # %% ../nbs/72_api.ipynb #575bd3de
 import re
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from torch import nn
 
 from .checkpoint import restore, save_checkpoint
 from .record.generations import CheckpointError, find_checkpoint
-from .config import Config, config_diff
+from .config import Config, Lane, config_diff
 from .errors import ConfigError, MinsnrError
-from .durable import claim, desk, digest, sha256
+from .autoencoder import difference_map, reconstruction
+from .durable import claim, desk, digest, make_dir, sha256
 from .evaluate import report
 from minsnr_nb.record.evaluations import (
     differing,
@@ -34,8 +37,12 @@ from minsnr_nb.record.evaluations import (
     read_record,
 )
 from .record.events import EventLog, printed, read_events
-from .guard import places_in, tensor_bytes, weights_facts
-from .lab import Lab, build, for_training, load
+from .guard import MAX_INFLATED, places_in, read_plain, tensor_bytes, weights_facts
+from .data import pixels
+from .images.codec import CARD, Codec, codec_card, kl_codec
+from .images.files import read_image
+from .images.latents import MEASURED_ON, Latents
+from .lab import Lab, build, for_training, load, named_codec, pick_device
 from .checkpoint import store_samples
 from .record.promote import Model, find_model, promote
 from .record.repro import verify
@@ -71,6 +78,7 @@ def refuse_elsewhere(
     data = Path(settings(project_root())["data"])
     named = dict(places_in(cfg.model_dump(mode="json")))
     words = {f"data.{k}": v for k, v in cfg.data.keywords.items() if isinstance(v, str)}
+    words |= {f"codec.{k}": v for k, v in cfg.codec.keywords.items() if isinstance(v, str)}
     named |= {k: v for k, v in words.items() if ".." in Path(v).parts}
     for key, place in named.items():
         where = Path(data, Path(place).expanduser()).resolve()
@@ -97,6 +105,7 @@ def train_run(
     announce: Callable[[Run], None] = quiet,  # Called as soon as the directory exists
     warn: Callable[[str], None] = quiet,  # Called with lines a person should see
     processes: int = 1,  # That share each step
+    autoencoder: bool = False,  # Whether the config's codec is what shall be trained
 ) -> Run:
     "Train a new run from a config"
     runs = _runs_around(sources)
@@ -105,6 +114,7 @@ def train_run(
         refuse_elsewhere(loaded.cfg, file)
     refuse_processes(loaded.cfg.train, processes)
     lab = _shareable(build(loaded.cfg, device), processes)
+    _meant(lab, autoencoder)
     if any(c.name == "evaluate" for c in loaded.cfg.callbacks):
         with threads(settings(project_root())["threads"]):
             _ = lab.evaluator.anchors  # a metric that cannot be computed is a wrong request, too
@@ -121,6 +131,21 @@ def _shareable(lab: Lab, processes: int) -> Lab:
         on = f"steps are shared on a CPU only, and the device is {lab.device}; --device cpu makes it so"
         raise ConfigError(f"--processes {processes}: {on}")
     return lab
+
+# %% ../nbs/72_api.ipynb #e43fdda1
+def _meant(
+    lab: Lab,
+    autoencoder: bool,  # Whether an autoencoder was asked for
+) -> None:
+    "Refuse to train something else than what was asked for"
+    name = lab.cfg.codec.name
+    if lab.autoencoder and not autoencoder:
+        then = "`minsnr promote RUN my_vae`, and codec.name=local://my_vae@1"
+        raise ConfigError(
+            f"codec.name: {name!r} has no weights; `minsnr vae train` first, then {then}"
+        )
+    if autoencoder and not lab.autoencoder:
+        raise ConfigError(f"codec.name: {name!r} is nothing to train; kl_vae is")
 
 # %% ../nbs/72_api.ipynb #009ccc16
 def _start(cfg: Config, lab: Lab) -> tuple[Callable[[Loop], None] | None, dict | None]:
@@ -350,6 +375,8 @@ def sample_run(
     run = open_run(path)
     model, lab = load_network(run, weights, device)
     cfg = lab.cfg
+    if lab.autoencoder:
+        raise ConfigError(f"{run.path}: is an autoencoder; `minsnr vae recon` shows what it does")
     if overrides:
         asked = load(run.config_path, overrides=overrides).cfg
         _only(("sampler",), cfg, asked)
@@ -473,6 +500,18 @@ def verify_run(
     refuse_other_data(run, build(config_of(run), "cpu"), allow)
     return verify(run.path, device=device, here=here, tell=tell)
 
+# %% ../nbs/72_api.ipynb #5a0b6ad1
+def _codec_card(network: nn.Module, lab: Lab) -> str:
+    "What is put beside the weights of an autoencoder: its form, and how large its latents are"
+    codec = replace(lab.evaluator.around(network), digest="measured")  # type: ignore[union-attr]
+    known = Latents(lab.train, partial(pixels, lab.train), codec).measured()
+    about = {
+        "name": lab.train.name,
+        "sha256": lab.train.sha256,
+        "images": min(MEASURED_ON, len(lab.train)),
+    }
+    return codec_card(known.codec, about)
+
 # %% ../nbs/72_api.ipynb #f0ab9cb0
 def promote_run(
     path: str | Path,  # Sealed and sound
@@ -484,8 +523,11 @@ def promote_run(
 ) -> Model:
     "Copy a run's averaged weights into the models, under a name and a version"
     run, root = open_run(path), Path(models or settings(project_root())["models"])
-    _, lab = load_network(run, weights, "cpu")
+    network, lab = load_network(run, weights, "cpu")
     how: dict[str, Any] = {"weights": weights, "licence": licence, "evaluation": evaluation}
+    if lab.autoencoder:
+        refuse_other_data(run, lab)
+        how["extra"] = {CARD: _codec_card(network, lab).encode()}
     step = _weights_step(run, weights)
     return promote(run, name, root, shape=lab.train.shape, step=step, **how)
 
@@ -533,6 +575,8 @@ def sample_model(
     if size not in (None, (height, width)):
         asked = f"{size[0]}x{size[1]}"
         raise ConfigError(f"{address}: makes images of {height}x{width}, not {asked}")
+    if lab.autoencoder:
+        raise ConfigError(f"{address}: is an autoencoder; `minsnr vae recon` shows what it does")
     images = lab.evaluator.draw(network, n, seed=seed)
     decides = _decided(model, network, lab, cfg, {"n": n, "seed": seed})
     name = f"{model.card['name']}-{model.card['version']}_{_drawn(lab.cfg, decides)}"
@@ -562,3 +606,67 @@ def eval_model(
         keep_evaluation(path.parent, record)
         warn(f"evaluation {record['id']}: kept beside the model")
     return model, values
+
+# %% ../nbs/72_api.ipynb #2de284f1
+def _autoencoder(
+    name: str,  # A run directory, or local://NAME@VERSION
+    weights: str,  # Of a run
+    device: str | None,
+) -> tuple[Codec, int]:  # And the channels of its images
+    "The codec that a run has trained, or a promoted one"
+    here = settings(project_root())
+    where = pick_device(device or here["device"])
+    if name.startswith("local://"):
+        model = find_model(name, here["models"])
+        shape = tuple(model.card["input_shape"])
+        address = f"local://{model.card['name']}@{model.card['version']}"
+        codec = named_codec(Config(codec=Lane(name=address)), shape)  # type: ignore[arg-type]
+    else:
+        network, lab = load_network(open_run(name), weights, device)
+        shape = lab.train.shape
+        if not lab.autoencoder:
+            raise ConfigError(f"{name}: is no autoencoder; `minsnr vae train` makes one")
+        codec = kl_codec("kl_vae", network, shape)
+    return codec.to(where), shape[0]  # type: ignore[union-attr]
+
+# %% ../nbs/72_api.ipynb #3a7b6725
+def eval_autoencoder(
+    name: str,  # A run directory, or local://NAME@VERSION
+    overrides: tuple[str, ...] = (),  # "key=value" in the sections eval and metrics
+    weights: str = "last",  # Of a run
+    device: str | None = None,
+    warn: Callable[[str], None] = quiet,  # Called with lines a person should see
+) -> dict[str, float]:
+    "Judge an autoencoder on the held-out images, and leave a record of it"
+    if name.startswith("local://"):
+        path = find_model(name, settings(project_root())["models"]).path / CARD
+    else:
+        cfg = config_of(open_run(name))
+        path = Path(name) if cfg.codec.name == "kl_vae" else Path(name) / CARD
+    if not path.exists():
+        raise ConfigError(f"{name}: is no autoencoder; `minsnr vae train` makes one")
+    how: dict[str, Any] = {"overrides": overrides, "device": device, "warn": warn}
+    if name.startswith("local://"):
+        return eval_model(name, **how)[1]
+    return eval_run(name, weights=weights, **how)[1]
+
+
+def recon(
+    name: str,  # A run directory, or local://NAME@VERSION
+    image: str | Path,  # A picture of any size
+    out: str | Path = ".",  # Directory for the pictures
+    weights: str = "last",  # Of a run
+    device: str | None = None,
+) -> tuple[dict[str, float], list[Path]]:  # Numbers, and the files: reconstruction and difference
+    "Send a picture through an autoencoder, and show what is lost"
+    codec, channels = _autoencoder(name, weights, device)
+    try:
+        picture = read_image(read_plain(image, MAX_INFLATED, follow=True), str(image), channels)
+    except MinsnrError as e:
+        raise ConfigError(f"--image: {e}") from None
+    clean = torch.from_numpy(picture.copy())[None].div(127.5).sub(1)
+    back, values = reconstruction(codec, clean)
+    make_dir(out)
+    pictures = {"recon": back, "difference": difference_map(clean, back)}
+    place = lambda kind: Path(out) / f"{Path(image).stem}_{kind}.png"  # noqa: E731
+    return values, [save_png(tile(x, 1), place(kind)) for kind, x in pictures.items()]

@@ -18,6 +18,7 @@ from .config import EvalSection
 from .data import ImageSet, pixels
 from .errors import ConfigError
 from .diffusion import SIGMA_DATA, Prediction
+from .images.latents import Latents
 from .metrics import anchors, keep
 from .objective import evaluating, probe_loss
 from .samplers import denoiser, sample
@@ -39,6 +40,7 @@ class Evaluator:
     seed: int  # Of the run
     sigma_data: float = SIGMA_DATA  # Standard deviation of the data, for F
     device: torch.device = torch.device("cpu")  # noqa: RUF009
+    latents: Latents | None = None  # Of the held-out images, when the network works on latents
 
     def __post_init__(self):
         sets = {"training": self.train, "held-out": self.test}
@@ -52,8 +54,10 @@ class Evaluator:
         schedule = self.schedule.to(self.device)
         with evaluating(model):
             denoise = denoiser(model, schedule, self.prediction, self.sigma_data)
-            way = (self.sampler, denoise, schedule, self.train.shape, n, rng)
-            return sample(*way, batch_size=self.cfg.batch_size, device=self.device)
+            shape = self.latents.shape if self.latents else self.train.shape
+            way = (self.sampler, denoise, schedule, shape, n, rng)
+            x = sample(*way, batch_size=self.cfg.batch_size, device=self.device)
+        return self.latents.images(x) if self.latents else x
 
     @cached_property
     def anchors(self) -> dict[str, float]:
@@ -62,15 +66,20 @@ class Evaluator:
 
     def probe(self, model: nn.Module) -> dict:
         "Unweighted x0, eps and v error on frozen images, levels and noise"
-        few = torch.arange(
-            min(self.cfg.probe_images, len(self.test)), device=self.test.images.device
-        )
-        images = pixels(self.test, few).to(self.device)
+        few = torch.arange(min(self.cfg.probe_images, len(self.test)))
+        if self.latents:
+            images = self.latents.draw(few, 0, self.seed, "probe/posterior").to(self.device)
+        else:
+            images = pixels(self.test, few).to(self.device)
         size: dict[str, Any] = {"n_bins": self.cfg.probe_bins, "draws": self.cfg.probe_draws}
         size["sigma_data"] = self.sigma_data
         return probe_loss(
             model, images, self.schedule, self.prediction, stream(self.seed, "probe"), **size
         )
+
+    def report(self, model: nn.Module) -> dict[str, float]:
+        "Samples against images, and the probe"
+        return _card(self, model)
 
 # %% ../nbs/62_evaluate.ipynb #ccbe8f55
 def join_results(
@@ -103,11 +112,7 @@ def anchor_values(
     return join_results(out)
 
 
-def report(
-    judge: Evaluator,
-    model: nn.Module,  # Usually the averaged network
-) -> dict[str, float]:  # The first value is the one that "best" means
-    "Judge a network by everything its config names"
+def _card(judge: Evaluator, model: nn.Module) -> dict[str, float]:
     images = judge.draw(model, judge.cfg.samples)
     scored = ((name, metric(images, judge.train)) for name, metric in judge.metrics.items())
     out = {f"eval/{key}": v for key, v in join_results(scored).items()}
@@ -116,3 +121,11 @@ def report(
     for name, values in probe["per_bin"].items():
         out |= {f"probe/{name}/bin{i}": v for i, v in enumerate(values.tolist())}
     return out | judge.anchors
+
+
+def report(
+    judge: Any,  # An `Evaluator`, or what judges another kind of network
+    model: nn.Module,  # Usually the averaged network
+) -> dict[str, float]:  # The first value is the one that "best" means
+    "Judge a network by everything its config names"
+    return judge.report(model)
