@@ -140,6 +140,10 @@ class Codecs(Registry):
             return partial(promoted, address=name)
         return super().__getitem__(name)
 
+    def home(self, name: str) -> str:
+        "Name the module that registered an entry"
+        return __name__ if ADDRESS.fullmatch(name) else super().home(name)
+
 # %% ../../nbs/images/20_codec.ipynb #1123cc44
 CODECS = Codecs("codec")
 
