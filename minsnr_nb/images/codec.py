@@ -137,7 +137,7 @@ class Codecs(Registry):
 
     def __getitem__(self, name: str) -> Callable:
         if ADDRESS.fullmatch(name):
-            return partial(promoted, address=name)
+            return partial(promoted, name)
         return super().__getitem__(name)
 
     def home(self, name: str) -> str:
@@ -265,9 +265,9 @@ def codec_card(
 
 # %% ../../nbs/images/20_codec.ipynb #ce96adfb
 def promoted(
+    address: str,  # local://NAME@VERSION
     shape: tuple[int, int, int],  # Of one image, (C, H, W)
     shelf: Shelf,  # Finds the model
-    address: str,  # local://NAME@VERSION
 ) -> Codec:
     "An autoencoder that was trained and promoted"
     path = shelf.model(address)
