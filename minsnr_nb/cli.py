@@ -112,6 +112,26 @@ def _files(*words: str) -> tuple[list[str], tuple[str, ...]]:
     files = [w for w in words if "=" not in w or Path(w).is_file()]
     return files, tuple(w for w in words if w not in files)
 
+# %% ../nbs/73_cli.ipynb #c4df5c4a
+@_verb("cache")
+def _cache(
+    config: Annotated[str, {"metavar": "CONFIG|gc"}],  # YAML file; gc: free what nothing names
+    *overrides: _Pair,  # More YAML files, and settings, which are applied last
+    explain: bool = False,  # Only say what would be encoded, and why
+    device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
+) -> None:
+    "Encode what a training in latents reads: minsnr cache CONFIG [--explain], minsnr cache gc"
+    from minsnr_nb.api import cache_latents, free_latents
+
+    if config == "gc":
+        freed = free_latents()
+        size = f"{freed['bytes'] / 1e6:.1f} MB"
+        return _say(
+            f"freed {freed['shards']} files, {size}; {freed['notes']} notes of codecs that are gone"
+        )
+    files, settings = _files(config, *overrides)
+    _say("\n".join(cache_latents(*files, overrides=settings, device=device, why=explain)))
+
 # %% ../nbs/73_cli.ipynb #47908a0d
 _VAE = ("train", "recon", "eval")
 

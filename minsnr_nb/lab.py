@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LANES', 'DEVICES', 'UNREAD', 'load', 'for_training', 'lanes_with', 'config_schema', 'config_help', 'named_schedule',
-           'images', 'pick_device', 'Lab', 'schedule_of', 'named_codec', 'build']
+           'images', 'pick_device', 'Lab', 'schedule_of', 'named_codec', 'kept_latents', 'wanted_rows', 'wanted_of',
+           'table_of', 'build']
 
 # %% ../nbs/70_lab.ipynb #5c41ae1d
 import json
@@ -13,13 +14,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from . import checkpoint  # noqa: F401  it registers callbacks
-from .callbacks import CALLBACKS
+from .callbacks import CALLBACKS, bar_wanted
 from .config import Config, Loaded, load_config
 from .errors import ConfigError, MinsnrWarning, nearest
 from .guard import secret_names, secret_problem
@@ -29,6 +31,15 @@ from .data import DATASETS, ImageSet, pixels
 from .images.codec import ADDRESS, CODECS, Codec, Scale, Shelf, kl_codec
 from .images.files import cached
 from .images.latents import Latents
+from minsnr_nb.images.latent_cache import (
+    Store,
+    Table,
+    Wanted,
+    facts_of,
+    fill,
+    keys_of,
+    note_use,
+)
 from .record.promote import find_model
 from .density import DENSITIES, make_density
 from .ema import WRAPPERS
@@ -315,6 +326,47 @@ def named_codec(
     with fixed_torch(cfg.seed, "init"):
         return CODECS.bind(cfg.codec.name, cfg.codec.keywords)(shape, shelf)
 
+# %% ../nbs/70_lab.ipynb #ce220304
+def kept_latents() -> bool:
+    "Whether latents are encoded once and kept, as settings.ini says"
+    how = settings(project_root())["latents"]
+    if how not in ("cache", "direct"):
+        raise ConfigError(f"settings: latents: {how!r} is none" + nearest(how, ("cache", "direct")))
+    return how == "cache"
+
+
+def wanted_rows(
+    cfg: Config,  # Reads train.flip and eval.probe_images
+    latents: Latents,  # One split
+) -> list[int]:
+    "Which rows of a split a run will read: all that it trains on, and what the probe asks about"
+    n = len(latents)
+    if latents.source.split == "test":
+        return [*range(min(cfg.eval.probe_images, n))]
+    return [*range(2 * n if cfg.train.flip else n)]
+
+
+def wanted_of(
+    cfg: Config,  # Reads data, too
+    latents: Latents,
+) -> tuple[dict, Wanted]:  # Facts and keys
+    "Name the posteriors that a run will read"
+    facts = facts_of(latents, cfg.data.model_dump(mode="json"))
+    rows = wanted_rows(cfg, latents)
+    return facts, Wanted(rows, keys_of(latents, facts, rows))
+
+# %% ../nbs/70_lab.ipynb #d907ca67
+def table_of(
+    cfg: Config,
+    latents: Latents,  # One split
+) -> Table:
+    "Read a split's posteriors, encoding what is not there yet"
+    store, (facts, wanted) = Store.here(), wanted_of(cfg, latents)
+    note_use(store, facts, wanted)
+    shown = {"desc": f"encode {facts['set']}", "unit": "image", "leave": False}
+    with tqdm(total=len(wanted.rows), disable=not bar_wanted(), **shown) as bar:
+        return Table(fill(store, latents, wanted, bar.update), wanted)
+
 # %% ../nbs/70_lab.ipynb #cc5b7082
 def _latents(cfg: Config, codec: Codec, sets: tuple) -> tuple[Latents, Latents]:
     "Both splits as a codec gives them, in the size that the noise has"
@@ -325,6 +377,8 @@ def _latents(cfg: Config, codec: Codec, sets: tuple) -> tuple[Latents, Latents]:
         measure = lambda: both[0].measured().scale  # noqa: E731
         scale = cached("scales", key, measure, lambda s: json.dumps(s).encode(), read)
         both = [replace(x, codec=replace(codec, scale=scale)) for x in both]
+    if kept_latents():
+        both = [replace(x, kept=cache(partial(table_of, cfg, x))) for x in both]
     if cfg.objective.prediction == "F" and cfg.objective.sigma_data != 1:
         text = f"objective.sigma_data: {cfg.objective.sigma_data}; normalised latents have 1"
         warnings.warn(text, MinsnrWarning, stacklevel=2)

@@ -72,6 +72,15 @@ def raw(
     "Give posteriors, from the cache where there is one"
     return self.kept().rows(rows.tolist()) if self.kept else self.encoded(rows.tolist())
 
+# %% ../../nbs/images/21_latents.ipynb #1b1609e7
+@patch
+def ready(
+    self: Latents,
+) -> None:
+    "Fill the cache now, not in the middle of a training"
+    if self.kept:
+        self.kept()
+
 # %% ../../nbs/images/21_latents.ipynb #aee56140
 @patch
 def draw(
