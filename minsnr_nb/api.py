@@ -27,7 +27,7 @@ from .checkpoint import restore, save_checkpoint
 from .record.generations import CheckpointError, find_checkpoint
 from .config import Config, Lane, config_diff
 from .errors import ConfigError, MinsnrError
-from .autoencoder import difference_map, reconstruction
+from .vae.autoencoder import difference_map, reconstruction
 from .durable import claim, desk, digest, make_dir, sha256
 from .evaluate import report
 from minsnr_nb.record.evaluations import (
@@ -699,7 +699,7 @@ def eval_autoencoder(
         return eval_model(name, **how)[1]
     return eval_run(name, weights=weights, **how)[1]
 
-
+# %% ../nbs/72_api.ipynb #9b6dc893
 def recon(
     name: str,  # A run directory, or local://NAME@VERSION
     image: str | Path,  # A picture of any size

@@ -479,7 +479,7 @@ def _default_lane(value: Any) -> Any:
         return tuple(map(_default_lane, value))
     return frozen(value.model_dump())
 
-
+# %% ../nbs/00_config.ipynb #1efefdb6
 def _check_lanes(plain: dict, lanes: Mapping) -> tuple[dict, list]:
     "Complete the keywords of every lane section"
     out, found = dict(plain), []

@@ -16,9 +16,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from . import checkpoint  # noqa: F401  it registers callbacks
 from .callbacks import CALLBACKS, bar_wanted
@@ -26,7 +26,7 @@ from .config import Config, Loaded, load_config
 from .errors import ConfigError, MinsnrWarning, nearest
 from .guard import secret_names, secret_problem
 from .strict_yaml import read_yaml
-from .autoencoder import Reconstruction, Reconstructions
+from .vae.autoencoder import Reconstruction, Reconstructions
 from .data import DATASETS, ImageSet, pixels
 from .images.codec import ADDRESS, CODECS, Codec, Scale, Shelf, kl_codec
 from .images.files import cached
@@ -36,7 +36,7 @@ from minsnr_nb.images.latent_cache import (
     Table,
     Wanted,
     facts_of,
-    fill,
+    fill_latents,
     keys_of,
     note_use,
 )
@@ -131,9 +131,7 @@ def config_schema() -> dict:
                     "additionalProperties": False,
                 }
             )
-        if section == "codec":
-            pattern = {"type": "string", "pattern": f"^{ADDRESS.pattern}$"}
-            options.append(options[0] | {"properties": {"name": pattern}})
+        options += _addressed(section)
         lane = {"oneOf": options}
         schema["properties"][section] = (
             {"type": "array", "items": lane} if section in ("metrics", "callbacks") else lane
@@ -141,6 +139,13 @@ def config_schema() -> dict:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 # %% ../nbs/70_lab.ipynb #dce0f891
+def _addressed(section: str) -> list[dict]:
+    "Entries that are no name in a registry: promoted autoencoders"
+    name = {"name": {"type": "string", "pattern": f"^{ADDRESS.pattern}$"}}
+    option = {"type": "object", "properties": name, "required": ["name"]}
+    return [option | {"additionalProperties": False}] if section == "codec" else []
+
+
 def _own(schema: dict, section: str) -> dict:
     "Properties that a lane section has besides its entry's"
     own = {"schedule": "ScheduleLane", "loss": "LossLane"}.get(section)
@@ -241,8 +246,8 @@ class Lab:
     device: torch.device
     train: ImageSet
     test: ImageSet
-    objective: Objective | Reconstruction
-    evaluator: Evaluator | Reconstructions
+    objective: Any  # An Objective; a Reconstruction for an autoencoder
+    evaluator: Any  # An Evaluator, or Reconstructions
     make_model: Callable  # shape -> network
     average: Callable  # network -> its average
     callbacks: tuple[Callable, ...]  # each makes one
@@ -361,11 +366,13 @@ def table_of(
     latents: Latents,  # One split
 ) -> Table:
     "Read a split's posteriors, encoding what is not there yet"
+    from tqdm.auto import tqdm
+
     store, (facts, wanted) = Store.here(), wanted_of(cfg, latents)
     note_use(store, facts, wanted)
     shown = {"desc": f"encode {facts['set']}", "unit": "image", "leave": False}
     with tqdm(total=len(wanted.rows), disable=not bar_wanted(), **shown) as bar:
-        return Table(fill(store, latents, wanted, bar.update), wanted)
+        return Table(fill_latents(store, latents, wanted, bar.update), wanted)
 
 # %% ../nbs/70_lab.ipynb #cc5b7082
 def _latents(cfg: Config, codec: Codec, sets: tuple) -> tuple[Latents, Latents]:
@@ -388,7 +395,9 @@ def _latents(cfg: Config, codec: Codec, sets: tuple) -> tuple[Latents, Latents]:
 UNREAD = ("start", "schedule", "objective", "loss", "density", "uncertainty", "model", "sampler")
 
 
-def _autoencoder_lab(cfg: Config, where: torch.device, sets: tuple, codec: Codec) -> Lab:
+def _autoencoder_lab(
+    cfg: Config, where: torch.device, sets: tuple[ImageSet, ImageSet], codec: Codec
+) -> Lab:
     "What trains an autoencoder; a section that it does not read must not say anything"
     plain = load({"codec": cfg.codec.model_dump()}).cfg
     if odd := [k for k in UNREAD if getattr(cfg, k) != getattr(plain, k)]:
@@ -399,8 +408,24 @@ def _autoencoder_lab(cfg: Config, where: torch.device, sets: tuple, codec: Codec
     metrics = {m.name: METRICS.bind(m.name, m.keywords) for m in cfg.metrics}
     judge = Reconstructions(around, *sets, metrics, cfg.eval, cfg.seed, where)
     objective = Reconstruction(around, cfg.codec.keywords["kl"])
-    make = lambda shape: named_codec(cfg, shape).network  # noqa: E731
+    made: Any = partial(named_codec, cfg)
+    make = lambda shape: made(shape).network  # noqa: E731
     return Lab(cfg, where, *sets, objective, judge, **_parts(cfg) | {"make_model": make})
+
+# %% ../nbs/70_lab.ipynb #c8662cc1
+def _evaluator(cfg: Config, schedule: NoiseSchedule, where: torch.device, sets: dict) -> Evaluator:
+    "How a network will be judged"
+    return Evaluator(
+        **sets,
+        schedule=schedule,
+        prediction=cfg.objective.prediction,
+        sigma_data=cfg.objective.sigma_data,
+        sampler=SAMPLERS.bind(cfg.sampler.name, cfg.sampler.keywords),
+        metrics={m.name: METRICS.bind(m.name, m.keywords) for m in cfg.metrics},
+        cfg=cfg.eval,
+        seed=cfg.seed,
+        device=where,
+    )
 
 # %% ../nbs/70_lab.ipynb #f2df886d
 def _build(cfg: Config, device: str | None) -> Lab:
@@ -415,21 +440,10 @@ def _build(cfg: Config, device: str | None) -> Lab:
         return _autoencoder_lab(cfg, where, (train_set, test_set), codec)
     latents = _latents(cfg, codec.to(where), (train_set, test_set)) if codec else None
     objective = _objective(cfg)
-    evaluator = Evaluator(
-        train=train_set,
-        test=test_set,
-        latents=latents and latents[1],
-        schedule=objective.schedule,
-        prediction=cfg.objective.prediction,
-        sigma_data=cfg.objective.sigma_data,
-        sampler=SAMPLERS.bind(cfg.sampler.name, cfg.sampler.keywords),
-        metrics={m.name: METRICS.bind(m.name, m.keywords) for m in cfg.metrics},
-        cfg=cfg.eval,
-        seed=cfg.seed,
-        device=where,
-    )
-    sets = (train_set, test_set)
-    return Lab(cfg, where, *sets, objective.to(where), evaluator, **_parts(cfg), latents=latents)
+    judge = {"train": train_set, "test": test_set, "latents": latents and latents[1]}
+    evaluator = _evaluator(cfg, objective.schedule, where, judge)
+    made = objective.to(where), evaluator
+    return Lab(cfg, where, train_set, test_set, *made, **_parts(cfg), latents=latents)
 
 # %% ../nbs/70_lab.ipynb #205baed5
 def build(

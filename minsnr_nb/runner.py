@@ -105,9 +105,7 @@ def new_run(
     provenance["determinism"] |= _shared(cfg.train, processes)
     if study or cfg.study:
         provenance["study"] = {"name": cfg.study} | (study or {})
-    provenance["extensions"] = code_record(cfg.code)
-    if lab.latents:
-        provenance["codec"] = _codec_record(lab)
+    provenance |= _codec_record(lab) | {"extensions": code_record(cfg.code)}
     if cfg.code:
         trust(cfg.code)  # it is your own, or you have accepted it
     run = create_run(
@@ -171,10 +169,13 @@ STREAMS = ("init", "order", "timestep", "noise", "flip", "dropout", "sample", "p
 
 # %% ../nbs/71_runner.ipynb #b852db83
 def _codec_record(lab: Lab) -> dict:
-    "What the record says about the autoencoder in whose latents a run is trained"
-    codec, scale = lab.latents[0].codec, lab.latents[0].scale  # type: ignore[index]
+    "What the record says about the autoencoder in whose latents a run is trained, if there is one"
+    if not lab.latents:
+        return {}
+    codec, scale = lab.latents[0].codec, lab.latents[0].scale
     about = {"name": codec.name, "sha256": codec.digest, "shape": list(codec.shape)}
-    return about | {"mean": scale.mean, "std": scale.std, "sigma_data": scale.sigma_data}
+    about |= {"mean": scale.mean, "std": scale.std, "sigma_data": scale.sigma_data}
+    return {"codec": about}
 
 # %% ../nbs/71_runner.ipynb #d5b9c07f
 def tell_papermill(
@@ -553,11 +554,11 @@ def data_changes(run: Run, lab: Lab) -> dict[str, str]:
 def _codec_change(run: Run, lab: Lab) -> str:
     "How the autoencoder differs from the one that the run began with; empty when it does not"
     then = run.provenance().get("codec") or {}
-    now = _codec_record(lab) if lab.latents else {}
+    now = _codec_record(lab).get("codec", {})
     keys = [k for k in ("name", "sha256", "sigma_data") if then.get(k) != now.get(k)]
     return "; ".join(f"{k} {then.get(k)} then, {now.get(k)} now" for k in keys)
 
-
+# %% ../nbs/71_runner.ipynb #1885ac86
 def refuse_other_data(
     run: Run,
     lab: Lab,

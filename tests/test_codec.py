@@ -231,7 +231,7 @@ facts = c.facts_of(latents, {"name": "slow"})
 rows = [*range(48)]
 wanted = c.Wanted(rows, c.keys_of(latents, facts, rows))
 print("begins", flush=True)
-found = c.fill(c.Store(Path(sys.argv[1])), latents, wanted)
+found = c.fill_latents(c.Store(Path(sys.argv[1])), latents, wanted)
 print(done, c.Table(found, wanted).digest, len(found.bad), flush=True)
 """
 

@@ -21,6 +21,7 @@ FOLDERS = {
     "record": Folder(9, without=("torch",)),
     "images": Folder(19, without=("record",)),
     "processes": Folder(19.5, without=("record",)),
+    "vae": Folder(62.5, without=("record",)),
     "analysis": Folder(69, without=("record",)),
     "sweep": Folder(72.5),
 }
