@@ -234,7 +234,7 @@ def free_latents() -> dict[str, int]:  # Files and bytes that were freed
         kind, _, path = name.partition(":")
         lane = Lane(name=name) if kind == "local" else Lane(name=kind, path=path)  # type: ignore[call-arg]
         with suppress(MinsnrError):
-            codec = named_codec(Config(codec=lane), shape)  # type: ignore[arg-type]
+            codec = named_codec(Config(codec=lane), shape)
             return codec is not None and codec.digest == facts["codec"]
         return False
 
@@ -552,7 +552,7 @@ def verify_run(
 # %% ../nbs/72_api.ipynb #5a0b6ad1
 def _codec_card(network: nn.Module, lab: Lab) -> str:
     "What is put beside the weights of an autoencoder: its form, and how large its latents are"
-    codec = replace(lab.evaluator.around(network), digest="measured")  # type: ignore[union-attr]
+    codec = replace(lab.evaluator.around(network), digest="measured")
     known = Latents(lab.train, partial(pixels, lab.train), codec).measured()
     about = {
         "name": lab.train.name,
@@ -669,7 +669,7 @@ def _autoencoder(
         model = find_model(name, here["models"])
         shape = tuple(model.card["input_shape"])
         address = f"local://{model.card['name']}@{model.card['version']}"
-        codec = named_codec(Config(codec=Lane(name=address)), shape)  # type: ignore[arg-type]
+        codec = named_codec(Config(codec=Lane(name=address)), shape)
     else:
         network, lab = load_network(open_run(name), weights, device)
         shape = lab.train.shape

@@ -173,7 +173,7 @@ def _codec_record(lab: Lab) -> dict:
     if not lab.latents:
         return {}
     codec, scale = lab.latents[0].codec, lab.latents[0].scale
-    about = {"name": codec.name, "sha256": codec.digest, "shape": list(codec.shape)}
+    about: dict[str, Any] = {"name": codec.name, "sha256": codec.digest, "shape": list(codec.shape)}
     about |= {"mean": scale.mean, "std": scale.std, "sigma_data": scale.sigma_data}
     return {"codec": about}
 
