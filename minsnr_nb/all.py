@@ -1,10 +1,12 @@
 "What one wants at hand in a notebook: `from minsnr_nb.all import *`."
 
 from minsnr_nb.api import (
+    cache_latents,
     continue_run,
     eval_run,
     fork_run,
     load_network,
+    recon,
     resume_run,
     sample_run,
     train_run,
@@ -16,6 +18,7 @@ from minsnr_nb.data import DATASETS, ImageSet, pixels
 from minsnr_nb.diffusion import add_noise, convert, eps_from, x0_from
 from minsnr_nb.ema import WRAPPERS
 from minsnr_nb.evaluate import Evaluator, report
+from minsnr_nb.images.codec import CODECS
 from minsnr_nb.record.events import read_events, to_frame
 from minsnr_nb.analysis.explorer import explore
 from minsnr_nb.lab import LANES, Lab, build, load
@@ -38,12 +41,12 @@ from minsnr_nb.uncertainty import UNCERTAINTIES
 from minsnr_nb.unet import MODELS
 
 __all__ = [
-    "CALLBACKS", "Callback", "Config", "ConfigError", "DATASETS", "DENSITIES", "Evaluator", "Gaussian",
+    "CALLBACKS", "CODECS", "Callback", "Config", "ConfigError", "DATASETS", "DENSITIES", "Evaluator", "Gaussian",
     "GaussianMixture", "ImageSet", "LANES", "Lab", "Loop", "METRICS", "MODELS", "MinsnrError",
     "NoiseSchedule", "Objective", "Run", "SAMPLERS", "SCHEDULES", "Stream", "UNCERTAINTIES", "WEIGHTINGS", "WRAPPERS",
-    "add_noise", "build", "check_run", "compare", "continue_run", "convert", "curves", "denoiser",
+    "add_noise", "build", "cache_latents", "check_run", "compare", "continue_run", "convert", "curves", "denoiser",
     "eps_from", "eval_run", "explore", "fork_run", "history", "image_grid", "list_runs", "load", "load_network", "loss_weight",
-    "make_objective", "open_run", "pixels", "probe_loss", "read_events", "report", "resume_run", "run_grid", "run_seeds",
+    "make_objective", "open_run", "pixels", "probe_loss", "read_events", "recon", "report", "resume_run", "run_grid", "run_seeds",
     "run_study", "run_sweep", "runs_df", "sample", "sample_run", "sentences", "side_by_side", "snr_bins", "stream", "to_frame", "train",
     "train_run", "verdict", "verdict_of", "x0_from", "zero_terminal_snr",
 ]  # fmt: skip

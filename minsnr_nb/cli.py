@@ -113,6 +113,85 @@ def _files(*words: str) -> tuple[list[str], tuple[str, ...]]:
     files = [w for w in words if "=" not in w or Path(w).is_file()]
     return files, tuple(w for w in words if w not in files)
 
+# %% ../nbs/73_cli.ipynb #c4df5c4a
+@_verb("cache")
+def _cache(
+    config: Annotated[str, {"metavar": "CONFIG|gc"}],  # YAML file; gc: free what nothing names
+    *overrides: _Pair,  # More YAML files, and settings, which are applied last
+    explain: bool = False,  # Only say what would be encoded, and why
+    device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
+) -> None:
+    "Encode what a training in latents reads: minsnr cache CONFIG [--explain], minsnr cache gc"
+    from minsnr_nb.api import cache_latents, free_latents
+
+    if config == "gc":
+        freed = free_latents()
+        size = f"{freed['bytes'] / 1e6:.1f} MB"
+        return _say(
+            f"freed {freed['shards']} files, {size}; {freed['notes']} notes of codecs that are gone"
+        )
+    files, settings = _files(config, *overrides)
+    _say("\n".join(cache_latents(*files, overrides=settings, device=device, why=explain)))
+
+# %% ../nbs/73_cli.ipynb #47908a0d
+_VAE = ("train", "recon", "eval")
+
+
+@_verb("vae")
+def _vae(
+    what: Annotated[str, {"choices": [*_VAE], "metavar": "train|recon|eval"}],  # What to do
+    config: Annotated[
+        str, {"metavar": "CONFIG|RUN|MODEL"}
+    ],  # train: YAML file; otherwise a run, or local://NAME@VERSION
+    *overrides: _Pair,  # More YAML files, and settings, which are applied last
+    image: Annotated[str | None, {"metavar": "FILE"}] = None,  # recon: the picture
+    out: _Dir = None,  # recon: where the pictures go; . when not given
+    weights: _Slot = "last",  # recon, eval: which averaged weights of a run
+    json: bool = False,  # recon, eval: for scripts
+    device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
+    run_root: _Dir = None,  # train: where runs live; settings.ini has the default
+    processes: _Number = 1,  # train: that share each step, as train.shards allows
+) -> None:
+    "Train an autoencoder, or see what it loses: minsnr vae train CONFIG, minsnr vae recon RUN --image in.png"
+    if what == "train":
+        from minsnr_nb.api import train_run
+
+        files, settings = _files(config, *overrides)
+        where: dict = {
+            "device": device,
+            "announce": announce,
+            "warn": _warn,
+            "processes": processes,
+        }
+        train_run(*files, overrides=settings, run_root=run_root, autoencoder=True, **where)
+    else:
+        _vae_judged(what, config, overrides, image, out, weights, json, device)
+
+# %% ../nbs/73_cli.ipynb #d8849b74
+def _vae_judged(
+    what: str,
+    run: str,
+    overrides: tuple,
+    image: str | None,
+    out: str | None,
+    weights: str,
+    json: bool,
+    device: str | None,
+) -> None:
+    "Show what an autoencoder loses, on one picture or on the held-out images"
+    from minsnr_nb.api import eval_autoencoder, recon
+
+    run = run if run.startswith("local://") else _located({"run": run})["run"]
+    if what == "eval":
+        values = eval_autoencoder(run, overrides, weights, device, _warn)
+    elif image is None:
+        raise ConfigError("vae recon: --image FILE names the picture")
+    else:
+        values, files = recon(run, image, out or ".", weights, device)
+        _say("\n".join(map(str, files)), sys.stderr if json else None)
+    rows = [{"": k, "value": v} for k, v in values.items()]
+    _say(_as_json(values) if json else _columns(rows))
+
 # %% ../nbs/73_cli.ipynb #36b31acc
 @_verb("resume")
 def _resume(

@@ -146,6 +146,11 @@ def _lanes(*names: str) -> tuple:
     return tuple(Lane(name=n) for n in names)
 
 
+def _pixels(codec: Lane) -> bool:
+    "Whether a config says nothing new: before there were codecs, it was written without"
+    return codec.name == "none"
+
+
 _START = r"^(local://[A-Za-z0-9][A-Za-z0-9_-]{0,63}@[1-9]\d{0,5})?$"  # a promoted model
 
 # %% ../nbs/00_config.ipynb #4d15152c
@@ -163,6 +168,8 @@ class Config(BaseModel):
     "Promoted model whose weights training begins with, local://NAME@VERSION"
     data: Lane = Lane(name="digits")
     "Images"
+    codec: Annotated[Lane, Field(exclude_if=_pixels)] = Lane(name="none")
+    "Autoencoder in whose latents the network works, for example local://NAME@VERSION"
     schedule: ScheduleLane = ScheduleLane()
     "Noise levels"
     objective: ObjectiveSection = ObjectiveSection()
@@ -266,6 +273,9 @@ def cross_problems(cfg: "Config") -> list[tuple[tuple, str]]:
         fit = [2**k for k in range(8) if cfg.train.batch_size % 2**k == 0]
         msg = f"{shards} equal parts of a batch of {cfg.train.batch_size} cannot be added in pairs; use 0 or one of {fit}"
         out.append((("train", "shards"), msg))
+    if not _pixels(cfg.codec) and cfg.sampler.keywords.get("clip"):
+        msg = "latents have no bounds to clip at; leave it out, or say codec.name=none"
+        out.append((("sampler", "clip"), msg))
     for section in ("metrics", "callbacks"):
         names = [lane.name for lane in getattr(cfg, section)]
         twice = sorted({n for n in names if names.count(n) > 1})
@@ -465,6 +475,13 @@ def _check_lane(lane: Any, own: Mapping, registry: Any, path: tuple) -> tuple[An
     return {**lane, **full}, found
 
 
+def _default_lane(value: Any) -> Any:
+    "What a section is when no source names it, as plain values"
+    if isinstance(value, tuple):
+        return tuple(map(_default_lane, value))
+    return frozen(value.model_dump())
+
+# %% ../nbs/00_config.ipynb #1efefdb6
 def _check_lanes(plain: dict, lanes: Mapping) -> tuple[dict, list]:
     "Complete the keywords of every lane section"
     out, found = dict(plain), []
@@ -472,7 +489,7 @@ def _check_lanes(plain: dict, lanes: Mapping) -> tuple[dict, list]:
         field = Config.model_fields[section]
         many = isinstance(field.default, tuple)
         own = Lane.model_fields if many else getattr(field.annotation, "model_fields", {})
-        value = plain.get(section, frozen(Config().model_dump()[section]))
+        value = plain.get(section, _default_lane(field.default))
         whole = value if many and isinstance(value, tuple) else (value,)
         paths = [(section, i) if many else (section,) for i in range(len(whole))]
         done = [
@@ -483,6 +500,13 @@ def _check_lanes(plain: dict, lanes: Mapping) -> tuple[dict, list]:
     return out, found
 
 # %% ../nbs/00_config.ipynb #2ae77add
+def _unclip(filled: dict, plain: dict) -> None:
+    "Latents have no bounds: a sampler that would clip by itself does not do so there"
+    sampler, given = filled.get("sampler", {}), plain.get("sampler", {})
+    if plain.get("codec", {}).get("name", "none") != "none" and "clip" not in given:
+        filled["sampler"] = sampler | ({"clip": False} if sampler.get("clip") else {})
+
+
 def _report(found: list, where: dict, source: str) -> None:
     "Raise one error with a line for every problem"
     lines = []
@@ -555,6 +579,7 @@ def load_config(
     composed = write_yaml(data)
     filled, bad = _check_lanes(plain, lanes)
     _report(found + bad, where, name)
+    _unclip(filled, plain)
     cfg = Config.model_validate(filled)
     _report(cross_problems(cfg), where, name)
     return Loaded(cfg=cfg.with_code(code) if code else cfg, composed=composed, overrides=log)

@@ -18,6 +18,7 @@ from .config import EvalSection
 from .data import ImageSet, pixels
 from .errors import ConfigError
 from .diffusion import SIGMA_DATA, Prediction
+from .images.latents import Latents
 from .judge.likelihood import bits_per_dim
 from .metrics import anchors, keep
 from .objective import evaluating, probe_loss
@@ -40,12 +41,16 @@ class Evaluator:
     seed: int  # Of the run
     sigma_data: float = SIGMA_DATA  # Standard deviation of the data, for F
     device: torch.device = torch.device("cpu")  # noqa: RUF009
+    latents: Latents | None = None  # Of the held-out images, when the network works on latents
 
     def __post_init__(self):
         sets = {"training": self.train, "held-out": self.test}
         if few := [f"{len(s)} {kind}" for kind, s in sets.items() if self.metrics and len(s) < 2]:
             needs = "comparing sets needs at least 2 of each; metrics=[] trains without"
             raise ConfigError(f"data: {' and '.join(few)} image: {needs}")
+        if self.latents and self.cfg.likelihood_draws:
+            why = "the price of a picture is not that of its latents; 0 leaves it out"
+            raise ConfigError(f"eval.likelihood_draws: not with a codec: {why}")
 
     def draw(self, model: nn.Module, n: int, seed: int | None = None) -> Tensor:
         "Draw samples; image number i always starts from the same noise"
@@ -53,8 +58,10 @@ class Evaluator:
         schedule = self.schedule.to(self.device)
         with evaluating(model):
             denoise = denoiser(model, schedule, self.prediction, self.sigma_data)
-            way = (self.sampler, denoise, schedule, self.train.shape, n, rng)
-            return sample(*way, batch_size=self.cfg.batch_size, device=self.device)
+            shape = self.latents.shape if self.latents else self.train.shape
+            way = (self.sampler, denoise, schedule, shape, n, rng)
+            x = sample(*way, batch_size=self.cfg.batch_size, device=self.device)
+        return self.latents.images(x) if self.latents else x
 
     @cached_property
     def anchors(self) -> dict[str, float]:
@@ -80,8 +87,14 @@ class Evaluator:
     @property
     def asked(self) -> Tensor:
         "The held-out images that the network is asked about"
-        n, device = min(self.cfg.probe_images, len(self.test)), self.test.images.device
-        return pixels(self.test, torch.arange(n, device=device)).to(self.device)
+        few = torch.arange(min(self.cfg.probe_images, len(self.test)))
+        if self.latents:
+            return self.latents.draw(few, 0, self.seed, "probe/posterior").to(self.device)
+        return pixels(self.test, few).to(self.device)
+
+    def report(self, model: nn.Module) -> dict[str, float]:
+        "Samples against images, and the probe"
+        return _card(self, model)
 
 # %% ../nbs/62_evaluate.ipynb #ccbe8f55
 def join_results(
@@ -114,11 +127,7 @@ def anchor_values(
     return join_results(out)
 
 
-def report(
-    judge: Evaluator,
-    model: nn.Module,  # Usually the averaged network
-) -> dict[str, float]:  # The first value is the one that "best" means
-    "Judge a network by everything its config names"
+def _card(judge: Evaluator, model: nn.Module) -> dict[str, float]:
     images = judge.draw(model, judge.cfg.samples)
     scored = ((name, metric(images, judge.train)) for name, metric in judge.metrics.items())
     out = {f"eval/{key}": v for key, v in join_results(scored).items()}
@@ -127,3 +136,11 @@ def report(
     for name, values in probe["per_bin"].items():
         out |= {f"probe/{name}/bin{i}": v for i, v in enumerate(values.tolist())}
     return out | judge.bits(model) | judge.anchors
+
+
+def report(
+    judge: Any,  # An `Evaluator`, or what judges another kind of network
+    model: nn.Module,  # Usually the averaged network
+) -> dict[str, float]:  # The first value is the one that "best" means
+    "Judge a network by everything its config names"
+    return judge.report(model)

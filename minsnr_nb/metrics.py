@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'STEPS', 'BATCH', 'LR', 'METRICS', 'Samples', 'Reference', 'Scores', 'moments', 'frechet', 'kernel_sums',
-           'Cloud', 'cloud', 'mmd2', 'classifier', 'one_thread', 'train_classifier', 'keep', 'keep_tensors',
-           'FeatureNet', 'feature_net', 'real_moments', 'fd', 'kid', 'fd_inf', 'within_reach', 'precision_recall',
-           'fd_second', 'inception', 'fid', 'anchors']
+           'Cloud', 'cloud', 'mmd2', 'classifier', 'train_classifier', 'keep', 'keep_tensors', 'FeatureNet',
+           'feature_net', 'real_moments', 'fd', 'kid', 'fd_inf', 'within_reach', 'precision_recall', 'fd_second',
+           'inception', 'fid', 'anchors']
 
 # %% ../nbs/61_metrics.ipynb #6e22b326
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -26,7 +25,7 @@ from .data import ImageSet, order, pixels
 from .guard import tensor_bytes
 from .images.files import cached
 from .registry import Registry
-from .seeds import Stream, fixed_torch, stream
+from .seeds import Stream, fixed_torch, one_thread, stream
 
 # %% ../nbs/61_metrics.ipynb #7d8dda8f
 def moments(
@@ -122,17 +121,6 @@ def classifier(
     layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, FEATURES)]
     see = nn.Sequential(*layers, nn.BatchNorm1d(FEATURES, affine=False))
     return nn.Sequential(see, nn.SiLU(), nn.Linear(FEATURES, n_classes))
-
-# %% ../nbs/61_metrics.ipynb #a0f88b95
-@contextmanager
-def one_thread() -> Iterator[None]:
-    "Compute in one thread for a while"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 # %% ../nbs/61_metrics.ipynb #635677d9
 STEPS, BATCH, LR = 300, 64, 2e-3  # a few seconds of one core

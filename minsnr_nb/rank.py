@@ -25,7 +25,7 @@ def take_steps(place: Place, order: dict, answer: Answer) -> None:
     cfg = config_of(run)
     lab = build(cfg, order["device"])
     with threads(run.threads()), switches(cfg.train):
-        loop = Loop(cfg, lab.state(), lab.objective, lab.train, device=lab.device)
+        loop = Loop(cfg, lab.state(), lab.objective, lab.source, device=lab.device)
         answer(ready=True)
         loop.team = team = Linked(place)
         files = receive_files(team)

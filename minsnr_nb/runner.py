@@ -105,7 +105,7 @@ def new_run(
     provenance["determinism"] |= _shared(cfg.train, processes)
     if study or cfg.study:
         provenance["study"] = {"name": cfg.study} | (study or {})
-    provenance["extensions"] = code_record(cfg.code)
+    provenance |= _codec_record(lab) | {"extensions": code_record(cfg.code)}
     if cfg.code:
         trust(cfg.code)  # it is your own, or you have accepted it
     run = create_run(
@@ -165,7 +165,17 @@ def _identity(images: ImageSet) -> dict:
     }
 
 
-STREAMS = ("init", "order", "timestep", "noise", "flip", "dropout", "sample", "probe")
+STREAMS = ("init", "order", "timestep", "noise", "flip", "dropout", "sample", "probe", "posterior")
+
+# %% ../nbs/71_runner.ipynb #b852db83
+def _codec_record(lab: Lab) -> dict:
+    "What the record says about the autoencoder in whose latents a run is trained, if there is one"
+    if not lab.latents:
+        return {}
+    codec, scale = lab.latents[0].codec, lab.latents[0].scale
+    about: dict[str, Any] = {"name": codec.name, "sha256": codec.digest, "shape": list(codec.shape)}
+    about |= {"mean": scale.mean, "std": scale.std, "sigma_data": scale.sigma_data}
+    return {"codec": about}
 
 # %% ../nbs/71_runner.ipynb #d5b9c07f
 def tell_papermill(
@@ -352,7 +362,7 @@ def make_loop(
         cfg=lab.cfg,
         state=lab.state(),
         objective=lab.objective,
-        images=lab.train,
+        images=lab.source,
         callbacks=[make() for make in lab.callbacks],
         device=lab.device,
         run=run,
@@ -537,9 +547,18 @@ def data_changes(run: Run, lab: Lab) -> dict[str, str]:
     now = {d["name"]: d["sha256"] for d in map(_identity, (lab.train, lab.test))}
     other = [name for name in then if then[name] != now.get(name, then[name])]
     said = [f"{name} {then[name][:12]} then, {now[name][:12]} now" for name in other]
-    return {"data": "; ".join(said)} if said else {}
+    codec = _codec_change(run, lab)
+    return ({"data": "; ".join(said)} if said else {}) | ({"codec": codec} if codec else {})
 
 
+def _codec_change(run: Run, lab: Lab) -> str:
+    "How the autoencoder differs from the one that the run began with; empty when it does not"
+    then = run.provenance().get("codec") or {}
+    now = _codec_record(lab).get("codec", {})
+    keys = [k for k in ("name", "sha256", "sigma_data") if then.get(k) != now.get(k)]
+    return "; ".join(f"{k} {then.get(k)} then, {now.get(k)} now" for k in keys)
+
+# %% ../nbs/71_runner.ipynb #1885ac86
 def refuse_other_data(
     run: Run,
     lab: Lab,
@@ -547,8 +566,10 @@ def refuse_other_data(
 ) -> None:
     "Refuse to go on with images that are not those of the run"
     _known(allow, ("data",))
-    changes = data_changes(run, lab) if "data" not in allow else {}
-    if changes:
+    changes = data_changes(run, lab)
+    if codec := changes.get("codec"):
+        raise ConfigError(f"{run.path}: another autoencoder: {codec}; bring the old one back")
+    if "data" in changes and "data" not in allow:
         raise ConfigError(f"{run.path}: other data: {changes['data']}; --allow data takes it")
 
 
@@ -560,6 +581,10 @@ def _known(allow: tuple[str, ...], names: tuple[str, ...]) -> None:
 # %% ../nbs/71_runner.ipynb #d57a7e05
 def _refuse(run: Run, changes: dict[str, str], allow: tuple[str, ...]) -> None:
     "Refuse to resume a strict run where bits would change"
+    if "codec" in changes:
+        raise ConfigError(
+            f"{run.path}: another autoencoder: {changes['codec']}; bring the old one back"
+        )
     _known(allow, ("code", "torch", "num_threads", "device", "world_size", "data"))
     strict = run.provenance()["determinism"]["mode"] == "strict"
     rest = [k for k in changes if k not in allow and (strict or k == "data")]

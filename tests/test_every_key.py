@@ -71,7 +71,7 @@ OTHER = {  # another value for each key; a key that is missing here fails the fi
     "eval.likelihood_draws": 2,
 }
 SAME_NUMBERS = {"eval.batch_size"}  # a batch changes memory and time, never what is measured
-ELSEWHERE = {"extensions", "start"}  # in test_extensions and test_evaluations
+ELSEWHERE = {"codec", "extensions", "start"}  # in test_codec, test_extensions and test_evaluations
 
 
 def keys() -> list[str]:
@@ -174,6 +174,7 @@ def test_every_key_of_evaluation_is_read(monkeypatch):
 
 
 SET = {"runs": "r", "data": "d", "models": "m", "device": "nowhere", "threads": "2"}
+SET |= {"latents": "direct"}  # in test_codec
 
 
 def test_every_key_of_settings_is_tried():

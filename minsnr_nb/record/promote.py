@@ -7,6 +7,7 @@ __all__ = ['MODEL_NAME', 'COPIED', 'Model', 'versions', 'find_model', 'promote',
 
 # %% ../../nbs/record/26_promote.ipynb #5e09e65b
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,6 +125,7 @@ def promote(
     weights: str = "last",  # "last" or "best"
     licence: str = "Apache-2.0",
     evaluation: str | None = None,  # Whose values the card shows; the run's own when None
+    extra: Mapping[str, bytes] = {},  # Further files that belong to the weights
 ) -> Model:
     "Copy a run's averaged weights and what they rest on into the models"
     run = run if isinstance(run, Run) else open_run(run)
@@ -138,6 +140,7 @@ def promote(
     judged = _judged(run, evaluation, step)
     files = {Path(f).name: read_plain(run.path / f) for f in COPIED}
     files |= {f"extensions/{f.name}": f.data for f in stored_code(run.path)}
+    files |= extra
     files["model.safetensors"] = read_plain(source, MAX_TENSORS)
     card = _card(run, name, weights, shape, step, licence, judged)
     card["files"] = {
