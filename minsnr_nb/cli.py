@@ -650,6 +650,80 @@ def _verdict_said(plan: Any, home: Path) -> None:
     for line in sentences(plan.sweep, questions):
         _say(line)
 
+# %% ../nbs/73_cli.ipynb #42016499
+_Folder = Annotated[str, {"metavar": "DIR"}]
+_File = Annotated[str | None, {"metavar": "FILE"}]
+
+
+def _there(folder: str) -> Path:
+    "A directory or a zip that exists"
+    if not (path := Path(folder).expanduser()).exists():
+        raise ConfigError(f"nothing at {folder!r}; wanted a directory or a zip")
+    return path.resolve()
+
+# %% ../nbs/73_cli.ipynb #4488a075
+@contextmanager
+def _counting(what: str, unit: str) -> Iterator[Callable]:
+    "Show a bar where somebody is watching"
+    from tqdm.auto import tqdm
+
+    from minsnr_nb.callbacks import bar_wanted
+
+    with tqdm(desc=what, unit=f" {unit}", disable=not bar_wanted(), leave=False) as bar:
+        yield bar.update
+
+# %% ../nbs/73_cli.ipynb #15d4e7df
+@_verb("data inspect")
+def _data_inspect(
+    folder: _Folder,  # A directory or a zip
+    *,
+    json: bool = False,  # For scripts
+    sheet: _File = None,  # PNG file to make, small pictures with the faulty ones first
+    tiny: int = 16,  # Shorter sides below this are named, in pixels
+) -> int:
+    "Name every fault of a folder of pictures: minsnr data inspect DIR|ZIP [--json] [--sheet FILE]"
+    from minsnr_nb.durable import replace
+    from minsnr_nb.images.doctor import contact_sheet, inspect_folder, inspection_record
+
+    path = _there(folder)
+    if sheet and not Path(sheet).resolve().parent.is_dir():
+        raise ConfigError(f"--sheet {sheet}: its folder does not exist")
+    with _counting("inspect", "files") as tell:
+        found = inspect_folder(path, tiny, tell)
+    if sheet:
+        replace(sheet, contact_sheet(found))
+    record = inspection_record(found)
+    _say(_as_json(record) if json else _inspected(record))
+    return int(not found.takes)
+
+# %% ../nbs/73_cli.ipynb #dc7db95b
+def _inspected(record: dict) -> str:
+    "A report for people"
+    faults = [
+        {k: f[k] for k in ("file", "fault", "detail")} | {"stops": "yes" * f["stops"]}
+        for f in record["faults"]
+    ]
+    parts = [_columns(faults)] if faults else []
+    for title, key in (("shorter side", "shorter_sides"), ("width / height", "aspects")):
+        total = max(record[key].values(), default=0)
+        bars = {k: "#" * -(-30 * n // total) for k, n in record[key].items()}
+        parts.append(
+            _columns([{title: k, "pictures": n, "": bars[k]} for k, n in record[key].items()])
+        )
+    counts = (
+        f"{record['files']} files, {record['pictures']} pictures, {len(record['faults'])} faults"
+    )
+    stopping = sum(f["stops"] for f in record["faults"])
+    answer = "yes" if record["takes"] else f"no, {stopping} faults stop it" if stopping else "no"
+    if record["takes"] and record["sizes"] > 1:
+        answer += (
+            f"; {record['sizes']} sizes need data.size with data.resize: square, cover or bucket"
+        )
+    parts.append(
+        f"{counts}, {record['bytes'] / 1e6:.1f} MB, sha256 {record['sha256'][:16]}\ntraining takes it: {answer}"
+    )
+    return "\n\n".join(parts)
+
 # %% ../nbs/73_cli.ipynb #4c7c2d96
 class _OneLine(argparse.ArgumentParser):
     "A parser whose complaints are one line"
@@ -792,10 +866,20 @@ def _help(verb: str) -> str:
     lanes = [row for row in rows if "lane" in row]
     return f"{text}\nKeys of a config:\n{_columns(keys)}\n\nEntries, `name` of a section:\n{_columns(lanes)}"
 
+# %% ../nbs/73_cli.ipynb #2b569779
+def _verb_first(words: list[str]) -> list[str]:
+    "Join the two words of a verb that has two"
+    family = [verb for verb in VERBS if words and verb.split(" ")[0] == words[0] != verb]
+    if not family:
+        return words or [""]
+    if words[1:2] in ([], ["-h"], ["--help"]):
+        raise ConfigError(f"{words[0]}: which one? {', '.join(family)}")
+    return [" ".join(words[:2]), *words[2:]]
+
 # %% ../nbs/73_cli.ipynb #75e25389
 def _dispatch(words: list[str]) -> int:
     "Find the verb and call it"
-    verb, *rest = words or [""]
+    verb, *rest = _verb_first(words)
     if verb in ("", "-h", "--help"):
         _say(_overview(), sys.stdout if verb else sys.stderr)
         return 0 if verb else 2

@@ -198,8 +198,9 @@ def test_data_an_unreadable_folder_and_a_file_that_is_no_zip(tmp_path):
     (tmp_path / "notes.txt").write_text("no zip")
     with pytest.raises(ConfigError, match="neither a directory nor a zip"):
         load(tmp_path / "notes.txt")
-    (tmp_path / "flat").mkdir()
-    (tmp_path / "flat" / "1.png").write_bytes(picture())
+    (tmp_path / "flat" / "a").mkdir(parents=True)
+    for name in ("1.png", "a/2.png"):
+        (tmp_path / "flat" / name).write_bytes(picture())
     with pytest.raises(ConfigError, match=r"1\.png in .* lies in no class folder"):
         load(tmp_path / "flat")
     with pytest.raises(ConfigError, match="no test split .* too few images|no train split"):

@@ -481,6 +481,7 @@ READS = {
     "list": ["weightings"],
 }
 APART = {"smoke", "ask", "identify"}  # no run of somebody else's is loaded by them
+APART |= {"data inspect"}  # they read folders of pictures
 APART |= {"sweep", "verdict"}  # tried by themselves: their runs belong to a study
 
 
