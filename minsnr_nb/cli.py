@@ -672,6 +672,20 @@ def _counting(what: str, unit: str) -> Iterator[Callable]:
     with tqdm(desc=what, unit=f" {unit}", disable=not bar_wanted(), leave=False) as bar:
         yield bar.update
 
+
+def _new_file(option: str, file: str | None) -> None:
+    "Refuse a file that could not be written, before any work"
+    if file and not Path(file).resolve().parent.is_dir():
+        raise ConfigError(f"{option} {file}: its folder does not exist")
+
+
+def _write_sheet(file: str, found: Any) -> None:
+    "Draw a contact sheet"
+    from minsnr_nb.durable import replace
+    from minsnr_nb.images.doctor import contact_sheet
+
+    replace(file, contact_sheet(found))
+
 # %% ../nbs/73_cli.ipynb #15d4e7df
 @_verb("data inspect")
 def _data_inspect(
@@ -682,19 +696,17 @@ def _data_inspect(
     tiny: int = 16,  # Shorter sides below this are named, in pixels
 ) -> int:
     "Name every fault of a folder of pictures: minsnr data inspect DIR|ZIP [--json] [--sheet FILE]"
-    from minsnr_nb.durable import replace
-    from minsnr_nb.images.doctor import contact_sheet, inspect_folder, inspection_record
+    from minsnr_nb.images.doctor import inspect_folder, inspection_record
 
     path = _there(folder)
-    if sheet and not Path(sheet).resolve().parent.is_dir():
-        raise ConfigError(f"--sheet {sheet}: its folder does not exist")
+    _new_file("--sheet", sheet)
     with _counting("inspect", "files") as tell:
         found = inspect_folder(path, tiny, tell)
     if sheet:
-        replace(sheet, contact_sheet(found))
+        _write_sheet(sheet, found)
     record = inspection_record(found)
     _say(_as_json(record) if json else _inspected(record))
-    return int(not found.takes)
+    return int(not record["takes"])
 
 # %% ../nbs/73_cli.ipynb #dc7db95b
 def _inspected(record: dict) -> str:

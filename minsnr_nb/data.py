@@ -197,6 +197,7 @@ class BucketSet(ImageSet):
     counts: tuple[int, ...] = ()  # Images of each, above 0
     channels: int = 3
     size: int = 64  # Side of the square that a network is made for
+    canvas: Sides = (0, 0)  # Height and width that no image exceeds
 
     def _fits(self) -> bool:
         sizes = (
@@ -210,7 +211,7 @@ class BucketSet(ImageSet):
     @property
     def shape(self) -> tuple[int, int, int]:
         "Of the canvas on which `pixels` puts every image: (C, H, W)"
-        return self.channels, max(h for h, _ in self.sides), max(w for _, w in self.sides)
+        return (self.channels, *self.canvas)
 
     @property
     def nominal(self) -> tuple[int, int, int]:
@@ -267,6 +268,16 @@ def _gather(self: BucketSet, index: Tensor) -> Tensor:  # noqa: F811
     if not images:
         return torch.empty(0, *self.shape, device=index.device)
     return on_canvas(images, places, self.shape, 127.5)
+
+# %% ../nbs/20_data.ipynb #a2b81bd1
+@patch
+def spread(
+    self: BucketSet,
+    n: int,  # Images to share
+) -> list[tuple[int, Tensor]]:  # Bucket, and its numbers among the n
+    "Share images among the buckets in proportion"
+    turns = torch.tensor([turn_at(i, self.counts).bucket for i in range(n)])
+    return [(k, (turns == k).nonzero().flatten()) for k in turns.unique().tolist()]
 
 # %% ../nbs/20_data.ipynb #ad7e8c6c
 _bucket_order = lru_cache(maxsize=64)(epoch_order.__wrapped__)
@@ -622,16 +633,28 @@ def _bucketed(
     images = decoded(
         Wanted(where, [*chosen], channels, each, True), [*_stamps(chosen).values()], _decoding
     )
-    about |= _texts(chosen) | {"channels": channels, "size": how.size}
+    canvas = max(h for h, _ in used), max(w for _, w in used)
+    about |= _texts(chosen) | {"channels": channels, "size": how.size, "canvas": canvas}
+    about["name"] += ".on{}x{}".format(*canvas)  # metrics see that canvas, and are named after it
     shapes = {
         "sides": tuple(used[k] for k in there),
         "counts": tuple(found.counts[k] for k in there),
     }
     return BucketSet(torch.from_numpy(images), **about, **shapes)
 
+# %% ../nbs/20_data.ipynb #4f00b277
+def _alike(how: _How, where: Path, chosen: _Listed, shape: tuple, about: dict) -> ImageSet:
+    "Decode pictures of one size"
+    shape = (shape[0], how.size, how.size) if how.size else shape
+    sides = np.full((len(chosen), 2), shape[1:])
+    wanted = Wanted(where, [*chosen], shape[0], sides, bool(how.size))
+    images = decoded(wanted, [*_stamps(chosen).values()], _decoding)
+    return ImageSet(torch.from_numpy(images).view(-1, *shape), **_texts(chosen), **about)
 
-def _covered(how: _How, where: Path, chosen: _Listed, channels: int, about: dict) -> CoverSet:
+# %% ../nbs/20_data.ipynb #1b07a55e
+def _covered(how: _How, where: Path, chosen: _Listed, shape: tuple, about: dict) -> CoverSet:
     "Decode pictures so that their shorter side fits"
+    channels = shape[0]
     size, sizes = how.size or 0, picture_sizes(where, _stamps(chosen))[:, ::-1]
     longer = np.minimum(sizes.max(1) / sizes.min(1), how.max_aspect or 2.0) * size
     is_longer = sizes > sizes.min(1, keepdims=True)
@@ -671,14 +694,7 @@ def image_folder(
         shape = read_image(read(first), first, channels, None if resize else size).shape
     name = safe_name(base.parent.name if base.stem in SPLITS else base.stem)
     about = {"classes": classes, "name": name, "split": split}
-    if how.resize == "bucket":
-        return _bucketed(
-            how, where, chosen, picture_sizes(base, _stamps(training)), shape[0], about
-        )
-    if how.resize == "cover":
-        return _covered(how, where, chosen, shape[0], about)
-    if resize:
-        shape = (shape[0], size, size)
-    wanted = Wanted(where, [*chosen], shape[0], np.full((len(chosen), 2), shape[1:]), bool(size))
-    images = decoded(wanted, [*_stamps(chosen).values()], _decoding)
-    return ImageSet(torch.from_numpy(images).view(-1, *shape), **_texts(chosen), **about)
+    if resize == "bucket":
+        trained = picture_sizes(base, _stamps(training))
+        return _bucketed(how, where, chosen, trained, shape[0], about)
+    return (_covered if resize == "cover" else _alike)(how, where, chosen, shape, about)

@@ -23,14 +23,14 @@ from .config import Config, Loaded, load_config
 from .errors import ConfigError, nearest
 from .guard import secret_names, secret_problem
 from .strict_yaml import read_yaml
-from .data import DATASETS, ImageSet
+from .data import DATASETS, BucketSet, ImageSet
 from .density import DENSITIES, make_density
 from .ema import WRAPPERS
 from .evaluate import Evaluator
 from .metrics import METRICS
 from .minsnr_loss import WEIGHTINGS
 from .own_code import find_code, matching_code, using, with_cells
-from .objective import Objective, make_objective
+from .objective import Objective, evaluating, make_objective
 from .settings import project_root, settings
 from .registry import keyword_model, load_plugins
 from .samplers import SAMPLERS
@@ -229,7 +229,7 @@ class Lab:
     def state(self) -> TrainState:
         "Make a network with its average and optimiser, initialised from the seed"
         with fixed_torch(self.cfg.seed, "init"):
-            model = self.make_model(self.train.shape)
+            model = self.make_model(self.train.nominal)
         model = model.to(self.device)
         state = TrainState(model, self.average(model), make_optimizer(model, self.cfg.optim))
         if self.cfg.train.compile:
@@ -280,7 +280,7 @@ def _build(cfg: Config, device: str | None) -> Lab:
     here = settings(project_root())
     where = pick_device(device or here["device"])
     train_set, test_set = images(cfg, Path(here["data"]))
-    if where.type != "cpu":
+    if where.type != "cpu" and _has_room(train_set, where):
         train_set = train_set.to(where)
     objective = _objective(cfg)
     evaluator = Evaluator(
@@ -297,6 +297,41 @@ def _build(cfg: Config, device: str | None) -> Lab:
     )
     return Lab(cfg, where, train_set, test_set, objective.to(where), evaluator, **_parts(cfg))
 
+# %% ../nbs/70_lab.ipynb #5ba4b6f8
+def _has_room(data: ImageSet, device: torch.device) -> bool:
+    "Whether half of a GPU's free memory holds a data set"
+    return device.type != "cuda" or 2 * data.images.numel() < torch.cuda.mem_get_info(device)[0]
+
+# %% ../nbs/70_lab.ipynb #41a9df65
+def _refuse_buckets(data: BucketSet, network: torch.nn.Module, lab: "Lab") -> None:
+    "Refuse buckets that a batch or the network does not fit"
+    least, batch = min(data.counts), lab.cfg.train.batch_size
+    if least < batch:
+        of = (
+            f"data has {len(data)} pictures"
+            if len(data) < batch
+            else f"a bucket has {least} pictures"
+        )
+        cure = f"a batch of at most {min(least, len(data))}" + f", or data.fewest={batch}" * (
+            len(data) >= batch
+        )
+        raise ConfigError(f"train.batch_size: {batch}, but {of}; {cure} fits")
+    for h, w in data.sides:
+        try:
+            with evaluating(network), torch.no_grad():
+                x = torch.zeros(1, data.channels, h, w, device=lab.device)
+                ok = (
+                    network(x, torch.zeros(1, dtype=torch.int64, device=lab.device)).shape
+                    == x.shape
+                )
+        except (RuntimeError, ValueError):
+            ok = False
+        if not ok:
+            why = "its sides have to be halved as often as the network has levels: data.step is what they are multiples of"
+            raise ConfigError(
+                f"model: {lab.cfg.model.name!r} cannot take a bucket of {h}x{w}; {why}"
+            )
+
 # %% ../nbs/70_lab.ipynb #205baed5
 def build(
     cfg: Config,  # Checked by `load`
@@ -305,5 +340,7 @@ def build(
     "Turn a config into objects; everything that can be wrong is wrong here"
     with using(LANES, cfg.code):
         lab = _build(cfg, device)
-    lab.state()  # a network that cannot be built is a wrong request, too
+    network = lab.state().model  # a network that cannot be built is a wrong request, too
+    if isinstance(lab.train, BucketSet):
+        _refuse_buckets(lab.train, network, lab)
     return lab

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .config import Config, OptimSection
 from .errors import ConfigError, MinsnrError
-from .data import ImageSet, flips, order, pixels
+from .data import ImageSet, flips
 from .ema import EMA
 from .objective import Objective
 from .seeds import stream, torch_seed
@@ -57,14 +57,15 @@ def draw_batch(
 ) -> Batch:
     "Draw the batch of one step"
     n, first = cfg.train.batch_size, step * cfg.train.batch_size
-    index = order(len(images), first, n, stream(cfg.seed, "order"))
+    taken = images.take(step, n, cfg.seed)
     t = objective.density.draw(stream(cfg.seed, "timestep"), n, first)
-    eps = stream(cfg.seed, "noise").normal(n, images.shape, first=first)
-    x0 = pixels(images, index.to(images.images.device))
+    shape = tuple(taken.x0.shape[1:])  # every shape has numbers of its own
+    eps = stream(cfg.seed, "noise").normal(n, shape, first=first, step=taken.number)
+    x0 = taken.x0
     if cfg.train.flip:
-        x0 = flips(x0, first, stream(cfg.seed, "flip"))
+        x0 = flips(x0, taken.first, stream(cfg.seed, f"flip{taken.stream}"))
     move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
-    return Batch(index, move(x0), move(t), move(eps))
+    return Batch(taken.index, move(x0), move(t), move(eps))
 
 # %% ../nbs/50_train_loop.ipynb #4531ab60
 @dataclass
