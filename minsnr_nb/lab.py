@@ -303,34 +303,27 @@ def _has_room(data: ImageSet, device: torch.device) -> bool:
     return device.type != "cuda" or 2 * data.images.numel() < torch.cuda.mem_get_info(device)[0]
 
 # %% ../nbs/70_lab.ipynb #41a9df65
-def _refuse_buckets(data: BucketSet, network: torch.nn.Module, lab: "Lab") -> None:
-    "Refuse buckets that a batch or the network does not fit"
-    least, batch = min(data.counts), lab.cfg.train.batch_size
-    if least < batch:
-        of = (
-            f"data has {len(data)} pictures"
-            if len(data) < batch
-            else f"a bucket has {least} pictures"
-        )
-        cure = f"a batch of at most {min(least, len(data))}" + f", or data.fewest={batch}" * (
-            len(data) >= batch
-        )
+def _refuse_batch(data: BucketSet, batch: int) -> None:
+    "Refuse a batch that is larger than a bucket, or than all of them"
+    if (least := min(data.counts)) < batch:
+        few = len(data) < batch
+        of = f"data has {len(data)} pictures" if few else f"a bucket has {least} pictures"
+        cure = f"a batch of at most {least}" + ("" if few else f", or data.fewest={batch},")
         raise ConfigError(f"train.batch_size: {batch}, but {of}; {cure} fits")
+
+
+def _refuse_buckets(data: BucketSet, network: torch.nn.Module, name: str) -> None:
+    "Refuse a network that cannot take every bucket"
     for h, w in data.sides:
+        x = torch.zeros(1, data.channels, h, w)
         try:
             with evaluating(network), torch.no_grad():
-                x = torch.zeros(1, data.channels, h, w, device=lab.device)
-                ok = (
-                    network(x, torch.zeros(1, dtype=torch.int64, device=lab.device)).shape
-                    == x.shape
-                )
+                fine = network(x, torch.zeros(1, dtype=torch.int64)).shape == x.shape
         except (RuntimeError, ValueError):
-            ok = False
-        if not ok:
-            why = "its sides have to be halved as often as the network has levels: data.step is what they are multiples of"
-            raise ConfigError(
-                f"model: {lab.cfg.model.name!r} cannot take a bucket of {h}x{w}; {why}"
-            )
+            fine = False
+        if not fine:
+            why = "a network halves sides once for each level but the first; data.step divides them"
+            raise ConfigError(f"model: {name!r} cannot take the bucket {h}x{w} of data; {why}")
 
 # %% ../nbs/70_lab.ipynb #205baed5
 def build(
@@ -340,7 +333,9 @@ def build(
     "Turn a config into objects; everything that can be wrong is wrong here"
     with using(LANES, cfg.code):
         lab = _build(cfg, device)
-    network = lab.state().model  # a network that cannot be built is a wrong request, too
+    lab.state()  # a network that cannot be built is a wrong request, too
     if isinstance(lab.train, BucketSet):
-        _refuse_buckets(lab.train, network, lab)
+        _refuse_batch(lab.train, cfg.train.batch_size)
+        with fixed_torch(cfg.seed, "init"), using(LANES, cfg.code):
+            _refuse_buckets(lab.train, lab.make_model(lab.train.nominal), cfg.model.name)
     return lab

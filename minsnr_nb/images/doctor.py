@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,8 +161,9 @@ def _pixels(image: Any) -> tuple[int, int, str]:
         upright = ImageOps.exif_transpose(image)
     except Exception:  # broken tags: the picture stays as it is
         upright = image
-    rgb = upright.convert("RGB")
-    digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes())
+    deep = upright.mode.startswith(("I", "F"))  # converting would clip it
+    rgb = upright if deep else upright.convert("RGB")
+    digest = hashlib.sha256(f"{rgb.size} {rgb.mode}".encode() + rgb.tobytes())
     return rgb.width, rgb.height, digest.hexdigest()
 
 # %% ../../nbs/images/11_doctor.ipynb #1dceb8c2
@@ -217,12 +219,17 @@ class Inspection:
     files: int  # All of them
     pictures: dict[str, Picture]  # By path within the folder
     faults: tuple[Fault, ...]  # Sorted by file
-    sha256: str  # Of all names and contents
+    digests: dict[str, str]  # SHA-256 of every file
 
     @property
     def takes(self) -> bool:
         "Whether training would take the folder"
         return bool(self.pictures) and not any(f.stops for f in self.faults)
+
+    @cached_property
+    def sha256(self) -> str:
+        "Of all names and contents"
+        return _folder_digest(self.digests)
 
     @property
     def sides(self) -> list[tuple[int, int]]:
@@ -298,7 +305,7 @@ def inspect_folder(
                 pictures[name] = picture
             tell()
     faults += [*_copies(pictures), *_listed_faults(path)]
-    return Inspection(path, len(names), pictures, tuple(sorted(faults)), _folder_digest(digests))
+    return Inspection(path, len(names), pictures, tuple(sorted(faults)), digests)
 
 # %% ../../nbs/images/11_doctor.ipynb #feb9075d
 SIDES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
