@@ -734,13 +734,14 @@ def _answer(record: dict) -> str:
     return f"{record['files']} files, {found}, {about}\ntraining takes it: {answer}"
 
 # %% ../nbs/73_cli.ipynb #a12c9fac
+_New = Annotated[str | None, {"metavar": "NEW", "required": True}]
+
+
 @_verb("data repair")
 def _data_repair(
     folder: _Folder,  # A directory or a zip; only read
     *,
-    out: Annotated[
-        str | None, {"metavar": "NEW", "required": True}
-    ] = None,  # The copy; must not exist
+    out: _New = None,  # The copy; must not exist
 ) -> None:
     "Make a copy of a folder that training takes: minsnr data repair DIR --out NEW"
     from minsnr_nb.images.doctor import inspect_folder
