@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from minsnr_nb.images.files import (
     few,
     list_images,
     open_images,
+    read_image,
     read_images,
     read_pictures,
     refuse,
@@ -52,19 +54,19 @@ def _upright_size(data: bytes, name: str) -> tuple[int, int]:
 # %% ../../nbs/images/14_mapped.ipynb #fb77b7dd
 def _look_at_sizes(path: Path, names: list[str]) -> np.ndarray:
     "Width and height of each picture, or one error for all that have none"
-    problems: list[str] = []
 
-    def size(name: str) -> tuple[int, int]:
+    def attempt(look: Callable, name: str) -> tuple:
         try:
-            return _upright_size(read(name), name)
+            return look(read(name), name), ""
         except ConfigError as e:
-            problems.append(str(e).removeprefix("data.path: "))
-            return 0, 0
+            return (0, 0), str(e).removeprefix("data.path: ")
 
     with open_images(path) as read, ThreadPoolExecutor(os.cpu_count()) as pool:
-        sizes = np.array([*pool.map(size, names)], np.int64)
-    refuse(sorted(problems), path)
-    return sizes
+        found = [*pool.map(partial(attempt, _upright_size), names)]
+        if any(problem for _, problem in found):  # then name those, too, that only decoding shows
+            found = [*pool.map(partial(attempt, read_image), names)]
+    refuse([problem for _, problem in found if problem], path)
+    return np.array([size for size, _ in found], np.int64)
 
 # %% ../../nbs/images/14_mapped.ipynb #0aa23500
 def picture_sizes(
