@@ -631,7 +631,7 @@ def promote_run(
         refuse_other_data(run, lab)
         how["extra"] = {CARD: _codec_card(network, lab).encode()}
     step = _weights_step(run, weights)
-    return promote(run, name, root, shape=lab.train.shape, step=step, **how)
+    return promote(run, name, root, shape=lab.train.nominal, step=step, **how)
 
 # %% ../nbs/72_api.ipynb #2491b518
 def _opened(
@@ -650,8 +650,9 @@ def _opened(
     _only(sections, cfg, asked)
     lab = build(asked, device)
     shape = tuple(model.card["input_shape"])
-    if lab.train.shape != shape:
-        raise ConfigError(f"{address}: needs data of {shape}; data.name gives {lab.train.shape}")
+    if lab.train.nominal != shape:
+        given = lab.train.nominal
+        raise ConfigError(f"{address}: needs data of {shape}; data.name gives {given}")
     return model, fill(lab.state().model, model.path / "model.safetensors"), lab, cfg
 
 

@@ -730,6 +730,205 @@ def _verdict_said(plan: Any, home: Path) -> None:
     for line in sentences(plan.sweep, questions):
         _say(line)
 
+# %% ../nbs/73_cli.ipynb #42016499
+_Folder = Annotated[str, {"metavar": "DIR"}]
+_File = Annotated[str | None, {"metavar": "FILE"}]
+
+
+def _there(folder: str) -> Path:
+    "A directory or a zip that exists"
+    if not (path := Path(folder).expanduser()).exists():
+        raise ConfigError(f"nothing at {folder!r}; wanted a directory or a zip")
+    return path.resolve()
+
+# %% ../nbs/73_cli.ipynb #4488a075
+@contextmanager
+def _counting(what: str, unit: str) -> Iterator[Callable]:
+    "Show a bar where somebody is watching"
+    from tqdm.auto import tqdm
+
+    from minsnr_nb.callbacks import bar_wanted
+
+    with tqdm(desc=what, unit=f" {unit}", disable=not bar_wanted(), leave=False) as bar:
+        yield bar.update
+
+
+def _new_file(option: str, file: str | None) -> None:
+    "Refuse a file that could not be written, before any work"
+    if file and not Path(file).resolve().parent.is_dir():
+        raise ConfigError(f"{option} {file}: its folder does not exist")
+
+
+def _write_sheet(file: str, found: Any) -> None:
+    "Draw a contact sheet"
+    from minsnr_nb.durable import replace
+    from minsnr_nb.images.doctor import contact_sheet
+
+    replace(file, contact_sheet(found))
+
+# %% ../nbs/73_cli.ipynb #15d4e7df
+@_verb("data inspect")
+def _data_inspect(
+    folder: _Folder,  # A directory or a zip
+    *,
+    json: bool = False,  # For scripts
+    sheet: _File = None,  # PNG file to make, small pictures with the faulty ones first
+    tiny: int = 16,  # Shorter sides below this are named, in pixels
+) -> int:
+    "Name every fault of a folder of pictures: minsnr data inspect DIR|ZIP [--json] [--sheet FILE]"
+    from minsnr_nb.images.doctor import inspect_folder, inspection_record
+
+    path = _there(folder)
+    _new_file("--sheet", sheet)
+    with _counting("inspect", "files") as tell:
+        found = inspect_folder(path, tiny, tell)
+    if sheet:
+        _write_sheet(sheet, found)
+    record = inspection_record(found)
+    _say(_as_json(record) if json else _inspected(record))
+    return int(not record["takes"])
+
+# %% ../nbs/73_cli.ipynb #dc7db95b
+def _inspected(record: dict) -> str:
+    "A report for people"
+    told = ("file", "fault", "detail")
+    faults = [{k: f[k] for k in told} | {"stops": "yes" * f["stops"]} for f in record["faults"]]
+    parts = [_columns(faults)] if faults else []
+    for title, key in (("shorter side", "shorter_sides"), ("width / height", "aspects")):
+        total = max(record[key].values(), default=0)
+        bars = ((k, n, "#" * -(-30 * n // total)) for k, n in record[key].items())
+        parts.append(_columns([{title: k, "pictures": n, "": bar} for k, n, bar in bars]))
+    parts.append(_answer(record))
+    return "\n\n".join(parts)
+
+# %% ../nbs/73_cli.ipynb #977e72d9
+def _answer(record: dict) -> str:
+    "Whether training would take a folder"
+    stopping = sum(f["stops"] for f in record["faults"])
+    answer = "yes" if record["takes"] else f"no, {stopping} faults stop it" if stopping else "no"
+    if record["takes"] and record["sizes"] > 1:
+        how = "data.size with data.resize: square, cover or bucket"
+        answer += f"; {record['sizes']} sizes need {how}"
+    found = f"{record['pictures']} pictures, {len(record['faults'])} faults"
+    about = f"{record['bytes'] / 1e6:.1f} MB, sha256 {record['sha256'][:16]}"
+    return f"{record['files']} files, {found}, {about}\ntraining takes it: {answer}"
+
+# %% ../nbs/73_cli.ipynb #a12c9fac
+_New = Annotated[str | None, {"metavar": "NEW", "required": True}]
+
+
+@_verb("data repair")
+def _data_repair(
+    folder: _Folder,  # A directory or a zip; only read
+    *,
+    out: _New = None,  # The copy; must not exist
+) -> None:
+    "Make a copy of a folder that training takes: minsnr data repair DIR --out NEW"
+    from minsnr_nb.images.doctor import inspect_folder
+    from minsnr_nb.images.repair import refuse_out, repair_folder
+
+    path, new = _there(folder), Path(str(out))
+    refuse_out(path, new)
+    with _counting("inspect", "files") as tell:
+        found = inspect_folder(path, tell=tell)
+    with _counting("write", "pictures") as tell:
+        steps = repair_folder(found, new, tell)
+    told = [{"file": s.file, "": s.how, "in the copy": s.new, "why": s.why} for s in steps]
+    _say(_columns([row for row in told if row[""] != "copied"] or told[:0]))
+    kept = sum(bool(s.new) for s in steps)
+    _say(f"{kept} pictures in {new}, {len(steps) - kept} files left out; {path.name} is unchanged")
+
+# %% ../nbs/73_cli.ipynb #da3bc480
+@_verb("data card")
+def _data_card(
+    folder: _Folder,  # A directory or a zip
+    *,
+    licence: Annotated[str, {"metavar": "NAME"}] = "",  # As its owner states it
+    json: bool = False,  # Croissant JSON-LD, for data catalogues
+) -> None:
+    "Say what is in a folder of pictures: minsnr data card DIR [--licence NAME] [--json]"
+    from minsnr_nb.images.doctor import inspect_folder
+    from minsnr_nb.images.repair import card_croissant, card_facts, card_markdown
+
+    with _counting("inspect", "files") as tell:
+        facts = card_facts(inspect_folder(_there(folder), tell=tell))
+    _say(
+        _as_json(card_croissant(facts, licence)) if json else card_markdown(facts, licence).rstrip()
+    )
+
+# %% ../nbs/73_cli.ipynb #3e775a9b
+_Size = Annotated[int, {"metavar": "PIXELS"}]
+
+
+def _bucketed(folder: str, size: int, step: int, max_aspect: float, batch: int) -> tuple:
+    "Sizes of the pictures of a folder, and their buckets"
+    from minsnr_nb.images.buckets import assign, bucket_sides
+    from minsnr_nb.images.files import list_images
+    from minsnr_nb.images.mapped import picture_sizes
+
+    for option, value in (("--size", size), ("--step", step), ("--batch", batch)):
+        if value < 1:
+            raise ConfigError(f"{option} {value}: at least 1 is needed")
+    if not 1 <= max_aspect <= 8:
+        raise ConfigError(f"--max-aspect {max_aspect}: between 1 and 8")
+    path = _there(folder)
+    sizes = picture_sizes(path, list_images(path))
+    if len(sizes) < batch:
+        raise ConfigError(f"--batch {batch}: {folder} has only {len(sizes)} pictures")
+    return sizes, assign(sizes, bucket_sides(size, step, max_aspect), batch)
+
+# %% ../nbs/73_cli.ipynb #669d8d15
+@_verb("data buckets")
+def _data_buckets(
+    folder: _Folder,  # A directory or a zip
+    *,
+    size: _Size = 64,  # Side of the square whose area no bucket exceeds
+    step: _Size = 8,  # Sides of buckets are multiples of it
+    max_aspect: float = 2.0,  # Longer side over shorter side, at most
+    batch: int = 64,  # Pictures of a step, and the fewest that a bucket has
+) -> None:
+    "Show which pictures share a shape: minsnr data buckets DIR --size 64 --batch 64"
+    from minsnr_nb.images.buckets import bucket_rows, kept_area
+
+    sizes, found = _bucketed(folder, size, step, max_aspect, batch)
+    rows = bucket_rows(found, batch)
+    _say(_columns(rows))
+    square = float(kept_area(sizes, [(size, size)]).mean())
+    _say(
+        f"{len(sizes)} pictures, {float(found.kept.mean()):.1%} of their area kept ({square:.1%} in squares)"
+    )
+    tail = sum(row["tail"] for row in rows)
+    never = len(sizes) - sum(row["pictures"] for row in rows)
+    _say(f"{tail} wait for the next epoch at the end of each, {never} never seen")
+
+# %% ../nbs/73_cli.ipynb #51ffe56b
+@_verb("data loader-check")
+def _data_loader_check(
+    folder: _Folder,  # A directory or a zip
+    *,
+    epochs: int = 2,  # How often every bucket is gone through
+    size: _Size = 64,  # Side of the square whose area no bucket exceeds
+    step: _Size = 8,  # Sides of buckets are multiples of it
+    max_aspect: float = 2.0,  # Longer side over shorter side, at most
+    batch: int = 64,  # Pictures of a step, and the fewest that a bucket has
+    seed: int = 0,  # Of the order
+    processes: _Number = 1,  # That share each step
+) -> int:
+    "Prove that every picture comes once per epoch: minsnr data loader-check DIR --epochs 2"
+    from minsnr_nb.analysis.loader import check_loader
+
+    if epochs < 1 or processes < 1 or batch % processes:
+        raise ConfigError(
+            "--epochs and --processes are at least 1, and --processes divides --batch"
+        )
+    _, found = _bucketed(folder, size, step, max_aspect, batch)
+    done = check_loader(found, batch, epochs, seed, processes)
+    _say(_columns(done.rows))
+    _say(f"{done.steps} steps: {done.lost} lost, {done.twice} twice, {done.never} never seen")
+    _say(f"parts of {processes} processes disjoint and complete: {'yes' if done.apart else 'NO'}")
+    _say(f"any step without the ones before it: {'yes' if done.direct else 'NO'}")
+    return int(not done.ok)
+
 # %% ../nbs/73_cli.ipynb #4c7c2d96
 class _OneLine(argparse.ArgumentParser):
     "A parser whose complaints are one line"
@@ -872,10 +1071,20 @@ def _help(verb: str) -> str:
     lanes = [row for row in rows if "lane" in row]
     return f"{text}\nKeys of a config:\n{_columns(keys)}\n\nEntries, `name` of a section:\n{_columns(lanes)}"
 
+# %% ../nbs/73_cli.ipynb #2b569779
+def _verb_first(words: list[str]) -> list[str]:
+    "Join the two words of a verb that has two"
+    family = [verb for verb in VERBS if words and verb.split(" ")[0] == words[0] != verb]
+    if not family:
+        return words or [""]
+    if words[1:2] in ([], ["-h"], ["--help"]):
+        raise ConfigError(f"{words[0]}: which one? {', '.join(family)}")
+    return [" ".join(words[:2]), *words[2:]]
+
 # %% ../nbs/73_cli.ipynb #75e25389
 def _dispatch(words: list[str]) -> int:
     "Find the verb and call it"
-    verb, *rest = words or [""]
+    verb, *rest = _verb_first(words)
     if verb in ("", "-h", "--help"):
         _say(_overview(), sys.stdout if verb else sys.stderr)
         return 0 if verb else 2

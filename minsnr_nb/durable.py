@@ -20,6 +20,7 @@ import os
 import secrets
 import shutil
 import time
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +37,7 @@ __all__ = [
     "Busy",
     "Displaced",
     "DurableError",
+    "Slab",
     "alone",
     "claim",
     "create",
@@ -318,6 +320,67 @@ class Appender:
 
     def __exit__(self, *exc):
         self.close()
+
+
+class Slab:
+    "A large file that is filled part by part; a process that died left parts, and the next one goes on"
+
+    def __init__(self, path, size: int):
+        self.path, self.size = Path(path), size
+        self._part, self._list = (self.path.with_name(f".{self.path.name}.{n}") for n in ("part", "done"))
+        with _doing("make", self.path):
+            self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            if os.fstat(self._fd).st_size != size:  # another one's, or a new one
+                with suppress(FileNotFoundError):
+                    os.unlink(self._list)
+                os.ftruncate(self._fd, size)
+        self._log = Appender(self._list)
+        self.done = {start: stop for start, stop, crc in self._listed() if self._intact(start, stop, crc)}
+
+    def _listed(self):
+        end = whole_lines(self._list)
+        with _doing("read", self._list), open(self._list, "rb") as f:
+            text = f.read(end).decode("ascii", "replace")
+        if end < os.stat(self._list).st_size:  # a torn line: begin the next one on its own
+            self._log.line("")
+        for line in text.splitlines():
+            words = line.split(" ")
+            if len(words) == 3 and all(w.isdigit() for w in words):
+                yield tuple(map(int, words))
+
+    def _intact(self, start: int, stop: int, crc: int) -> bool:
+        if not start < stop <= self.size:
+            return False
+        with _doing("read", self._part):
+            os.lseek(self._fd, start, os.SEEK_SET)
+            return zlib.crc32(os.read(self._fd, stop - start)) == crc  # parts are a few MiB
+
+    def put(self, start: int, data) -> None:
+        "Write one part, then note that it is there: in this order, also on the disk"
+        view = memoryview(data).cast("B")
+        with _doing("write", self.path):
+            os.lseek(self._fd, start, os.SEEK_SET)
+            _write_all(self._fd, view)
+            getattr(os, "fdatasync", os.fsync)(self._fd)
+        self._log.line(f"{start} {start + len(view)} {zlib.crc32(view)}")
+
+    def finish(self) -> Path:
+        "Put the whole file in place"
+        self.close()
+        with _doing("write", self.path):
+            _fsync(self._part)
+            os.replace(self._part, self.path)
+            with suppress(FileNotFoundError):
+                os.unlink(self._list)
+            _fsync(self.path.parent)
+        return self.path
+
+    def close(self) -> None:
+        "Close the files; a second call does nothing"
+        self._log.close()
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
 
 def is_held(folder) -> bool | None:

@@ -27,7 +27,7 @@ from .errors import ConfigError, MinsnrWarning, nearest
 from .guard import secret_names, secret_problem
 from .strict_yaml import read_yaml
 from .vae.autoencoder import Reconstruction, Reconstructions
-from .data import DATASETS, ImageSet, pixels
+from .data import DATASETS, BucketSet, CoverSet, ImageSet, pixels
 from .images.codec import ADDRESS, CODECS, Codec, Scale, Shelf, kl_codec
 from .images.files import cached
 from .images.latents import Latents
@@ -47,7 +47,7 @@ from .evaluate import Evaluator
 from .metrics import METRICS
 from .minsnr_loss import WEIGHTINGS
 from .own_code import find_code, matching_code, using, with_cells
-from .objective import Objective, make_objective
+from .objective import Objective, evaluating, make_objective
 from .settings import project_root, settings
 from .registry import keyword_model, load_plugins
 from .samplers import SAMPLERS
@@ -266,7 +266,7 @@ class Lab:
     def state(self) -> TrainState:
         "Make a network with its average and optimiser, initialised from the seed"
         with fixed_torch(self.cfg.seed, "init"):
-            model = self.make_model(self.source.shape)
+            model = self.make_model(self.source.nominal)
         model = model.to(self.device)
         state = TrainState(model, self.average(model), make_optimizer(model, self.cfg.optim))
         if self.cfg.train.compile:
@@ -433,8 +433,10 @@ def _build(cfg: Config, device: str | None) -> Lab:
     here = settings(project_root())
     where = pick_device(device or here["device"])
     train_set, test_set = images(cfg, Path(here["data"]))
+    if isinstance(train_set, BucketSet | CoverSet) and cfg.codec.name != "none":
+        raise ConfigError("codec: latents need pictures of one size; data.resize=square makes them")
     codec = named_codec(cfg, train_set.shape)
-    if where.type != "cpu":
+    if where.type != "cpu" and _has_room(train_set, where):
         train_set = train_set.to(where)
     if codec and not codec.digest:
         return _autoencoder_lab(cfg, where, (train_set, test_set), codec)
@@ -445,6 +447,34 @@ def _build(cfg: Config, device: str | None) -> Lab:
     made = objective.to(where), evaluator
     return Lab(cfg, where, train_set, test_set, *made, **_parts(cfg), latents=latents)
 
+# %% ../nbs/70_lab.ipynb #5ba4b6f8
+def _has_room(data: ImageSet, device: torch.device) -> bool:
+    "Whether half of a GPU's free memory holds a data set"
+    return device.type != "cuda" or 2 * data.images.numel() < torch.cuda.mem_get_info(device)[0]
+
+# %% ../nbs/70_lab.ipynb #41a9df65
+def _refuse_batch(data: BucketSet, batch: int) -> None:
+    "Refuse a batch that is larger than a bucket, or than all of them"
+    if (least := min(data.counts)) < batch:
+        few = len(data) < batch
+        of = f"data has {len(data)} pictures" if few else f"a bucket has {least} pictures"
+        cure = f"a batch of at most {least}" + ("" if few else f", or data.fewest={batch},")
+        raise ConfigError(f"train.batch_size: {batch}, but {of}; {cure} fits")
+
+
+def _refuse_buckets(data: BucketSet, network: torch.nn.Module, name: str) -> None:
+    "Refuse a network that cannot take every bucket"
+    for h, w in data.sides:
+        x = torch.zeros(1, data.channels, h, w)
+        try:
+            with evaluating(network), torch.no_grad():
+                fine = network(x, torch.zeros(1, dtype=torch.int64)).shape == x.shape
+        except (RuntimeError, ValueError):
+            fine = False
+        if not fine:
+            why = "a network halves sides once for each level but the first; data.step divides them"
+            raise ConfigError(f"model: {name!r} cannot take the bucket {h}x{w} of data; {why}")
+
 # %% ../nbs/70_lab.ipynb #205baed5
 def build(
     cfg: Config,  # Checked by `load`
@@ -454,4 +484,8 @@ def build(
     with using(LANES, cfg.code):
         lab = _build(cfg, device)
     lab.state()  # a network that cannot be built is a wrong request, too
+    if isinstance(lab.train, BucketSet):
+        _refuse_batch(lab.train, cfg.train.batch_size)
+        with fixed_torch(cfg.seed, "init"), using(LANES, cfg.code):
+            _refuse_buckets(lab.train, lab.make_model(lab.train.nominal), cfg.model.name)
     return lab

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .config import Config, OptimSection
 from .errors import ConfigError, MinsnrError
-from .data import ImageSet, flips, order, pixels
+from .data import ImageSet, Taken, flips, order
 from .ema import EMA
 from .images.latents import Latents
 from .objective import Objective
@@ -50,19 +50,22 @@ class Batch(NamedTuple):
 
 # %% ../nbs/50_train_loop.ipynb #14d48b72
 def clean_images(
+    step: int,  # Optimiser step, from 0
     images: ImageSet | Latents,  # What to train on
-    index: Tensor,  # Which ones, (B,), int64
-    first: int,  # Position of the first one in the endless stream
-    cfg: Config,  # Reads seed and train.flip
-) -> Tensor:  # (B, C, H, W): images in [-1, 1], or normalised latents
+    cfg: Config,  # Reads seed, train.batch_size, train.flip
+) -> Taken:  # Images in [-1, 1], or normalised latents
     "Gather the clean side of a batch, mirrored by a coin where the config says so"
-    coin = stream(cfg.seed, "flip")
+    n, seed = cfg.train.batch_size, cfg.seed
     if isinstance(images, Latents):
+        index = order(len(images), step * n, n, stream(seed, "order"))
         both = torch.stack([index, index + len(images)], 1).view(-1, 1, 1, 2)
-        rows = flips(both, first, coin)[..., 0].flatten() if cfg.train.flip else index
-        return images.draw(rows, first, cfg.seed)
-    x0 = pixels(images, index.to(images.images.device))
-    return flips(x0, first, coin) if cfg.train.flip else x0
+        coin = stream(seed, "flip")
+        rows = flips(both, step * n, coin)[..., 0].flatten() if cfg.train.flip else index
+        return Taken(index, images.draw(rows, step * n, seed), step * n)
+    taken = images.take(step, n, seed)
+    if not cfg.train.flip:
+        return taken
+    return taken._replace(x0=flips(taken.x0, taken.first, stream(seed, f"flip{taken.stream}")))
 
 # %% ../nbs/50_train_loop.ipynb #379d489c
 def draw_batch(
@@ -74,12 +77,12 @@ def draw_batch(
 ) -> Batch:
     "Draw the batch of one step"
     n, first = cfg.train.batch_size, step * cfg.train.batch_size
-    index = order(len(images), first, n, stream(cfg.seed, "order"))
     t = objective.density.draw(stream(cfg.seed, "timestep"), n, first)
-    eps = stream(cfg.seed, "noise").normal(n, images.shape, first=first)
-    x0 = clean_images(images, index, first, cfg)
+    taken = clean_images(step, images, cfg)
+    shape = tuple(taken.x0.shape[1:])  # every shape has numbers of its own
+    eps = stream(cfg.seed, "noise").normal(n, shape, first=first, step=taken.number)
     move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
-    return Batch(index, move(x0), move(t), move(eps))
+    return Batch(taken.index, move(taken.x0), move(t), move(eps))
 
 # %% ../nbs/50_train_loop.ipynb #4531ab60
 @dataclass

@@ -19,7 +19,7 @@ from PIL import Image
 
 from minsnr_nb.data import DATASETS, ImageSet, find, order
 from minsnr_nb.errors import ConfigError
-from minsnr_nb.images.files import cache_dir, cached, held_out, npy_parts, read_image
+from minsnr_nb.images.files import cache_dir, held_out, read_image
 from minsnr_nb.seeds import stream
 from tests.runs import ROOT, run_dir, typed
 
@@ -198,8 +198,9 @@ def test_data_an_unreadable_folder_and_a_file_that_is_no_zip(tmp_path):
     (tmp_path / "notes.txt").write_text("no zip")
     with pytest.raises(ConfigError, match="neither a directory nor a zip"):
         load(tmp_path / "notes.txt")
-    (tmp_path / "flat").mkdir()
-    (tmp_path / "flat" / "1.png").write_bytes(picture())
+    (tmp_path / "flat" / "a").mkdir(parents=True)
+    for name in ("1.png", "a/2.png"):
+        (tmp_path / "flat" / name).write_bytes(picture())
     with pytest.raises(ConfigError, match=r"1\.png in .* lies in no class folder"):
         load(tmp_path / "flat")
     with pytest.raises(ConfigError, match="no test split .* too few images|no train split"):
@@ -254,7 +255,7 @@ def test_data_a_config_names_no_place_on_this_machine(tmp_path, capsys, monkeypa
 
 
 def test_data_a_changed_image_is_decoded_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("minsnr_nb.images.files.CACHE_FROM", 1)
+    monkeypatch.setattr("minsnr_nb.images.mapped.CACHE_FROM", 1)
     folder = tmp_path / "mine"
     zipfile.ZipFile(make_zip(tmp_path / "z.zip", PLAIN)).extractall(folder)
     first = load(folder)
@@ -267,10 +268,10 @@ def test_data_a_changed_image_is_decoded_again(tmp_path, monkeypatch):
 
 
 def test_data_a_cache_that_is_a_file_does_not_stop_a_run(monkeypatch, tmp_path):
-    monkeypatch.setattr("minsnr_nb.images.files.CACHE_FROM", 1)
+    monkeypatch.setattr("minsnr_nb.images.mapped.CACHE_FROM", 1)
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("MINSNR_CACHE", str(tmp_path / "taken"))
-    assert cached("images", "k", lambda: np.ones(3, np.uint8), npy_parts, np.load).sum() == 3
+    assert len(load(make_zip(tmp_path / "z.zip", PLAIN))) == 18
 
 
 # Downloads ----------------------------------------------------------------------------------------
@@ -351,10 +352,10 @@ import re
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
-from minsnr_nb.images.files import read_images
+from minsnr_nb.images.files import Wanted, read_images
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before, names = peak(), [f"one/{{i}}.png" for i in range(4)]
-read_images(Path({str(tmp_path)!r}), names[:1] * 64 + names, (3, 8, 8), 8)
+read_images(Wanted(Path({str(tmp_path)!r}), names[:1] * 64 + names, 3, np.full((68, 2), 8), True))
 print((peak() - before) / ({side} ** 2 * 3))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

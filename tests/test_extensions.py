@@ -481,6 +481,13 @@ READS = {
     "list": ["weightings"],
 }
 APART = {"smoke", "ask", "identify"}  # no run of somebody else's is loaded by them
+APART |= {
+    "data inspect",
+    "data repair",
+    "data card",
+    "data buckets",
+    "data loader-check",
+}  # they read folders of pictures
 APART |= {"sweep", "verdict"}  # tried by themselves: their runs belong to a study
 
 

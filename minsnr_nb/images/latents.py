@@ -37,6 +37,11 @@ class Latents:
         return self.codec.shape
 
     @property
+    def nominal(self) -> tuple[int, int, int]:
+        "What a network is made for: (C, h, w)"
+        return self.shape
+
+    @property
     def scale(self) -> Scale:
         "Of the raw latents"
         if self.codec.scale is None:
