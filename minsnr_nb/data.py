@@ -235,7 +235,7 @@ class BucketSet(ImageSet):
         rows = zip(
             self.images.split(sizes), self.labels.split([*self.counts]), self.sides, strict=True
         )
-        about = {"classes": self.classes, "name": self.name, "split": self.split}
+        about: dict[str, Any] = {"classes": self.classes, "name": self.name, "split": self.split}
         return tuple(
             ImageSet(row.view(-1, self.channels, *side), labels, **about)
             for row, labels, side in rows
@@ -311,7 +311,7 @@ def take(self: BucketSet, step: int, batch_size: int, seed: int) -> Taken:  # no
 class CoverSet(ImageSet):
     "Pictures of which every look is a square part"
 
-    sides: Tensor | None = None  # Height and width of each picture, (N, 2), int64
+    sides: Tensor = torch.empty(0, 2)  # noqa: RUF009  # Height and width of each picture, (N, 2), int64
     channels: int = 3
     size: int = 64  # Side of the part, and the shorter side of every picture
 
@@ -596,18 +596,17 @@ def _splits(base: Path, other: Path | None, split: Split, share: float) -> tuple
     if odd or not chosen or not training:
         problem = f"its classes {', '.join(odd)} are not in data.path" if odd else "too few images"
         raise ConfigError(f"data: no {split} split from {other or base}: {problem}")
-    place = {kind: i for i, kind in enumerate(classes)}
-    numbered = {name: about._replace(kind=place[about.kind]) for name, about in chosen.items()}
-    return numbered, training, classes
+    return chosen, training, classes
 
 
 def _stamps(listed: _Listed) -> dict[str, str]:
     return {name: about.stamp for name, about in listed.items()}
 
 
-def _texts(listed: _Listed) -> dict:
+def _texts(listed: _Listed, classes: tuple[str, ...]) -> dict[str, Any]:
     "Labels and captions"
-    labels = torch.tensor([about.kind for about in listed.values()])
+    place = {kind: i for i, kind in enumerate(classes)}
+    labels = torch.tensor([place[about.kind] for about in listed.values()])
     captions = tuple(about.caption for about in listed.values())
     return {"labels": labels, "captions": captions if any(captions) else ()}
 
@@ -634,9 +633,13 @@ def _bucketed(
         Wanted(where, [*chosen], channels, each, True), [*_stamps(chosen).values()], _decoding
     )
     canvas = max(h for h, _ in used), max(w for _, w in used)
-    about |= _texts(chosen) | {"channels": channels, "size": how.size, "canvas": canvas}
+    about |= _texts(chosen, about["classes"]) | {
+        "channels": channels,
+        "size": how.size,
+        "canvas": canvas,
+    }
     about["name"] += ".on{}x{}".format(*canvas)  # metrics see that canvas, and are named after it
-    shapes = {
+    shapes: dict[str, Any] = {
         "sides": tuple(used[k] for k in there),
         "counts": tuple(found.counts[k] for k in there),
     }
@@ -649,7 +652,9 @@ def _alike(how: _How, where: Path, chosen: _Listed, shape: tuple, about: dict) -
     sides = np.full((len(chosen), 2), shape[1:])
     wanted = Wanted(where, [*chosen], shape[0], sides, bool(how.size))
     images = decoded(wanted, [*_stamps(chosen).values()], _decoding)
-    return ImageSet(torch.from_numpy(images).view(-1, *shape), **_texts(chosen), **about)
+    return ImageSet(
+        torch.from_numpy(images).view(-1, *shape), **_texts(chosen, about["classes"]), **about
+    )
 
 # %% ../nbs/20_data.ipynb #1b07a55e
 def _covered(how: _How, where: Path, chosen: _Listed, shape: tuple, about: dict) -> CoverSet:
@@ -661,7 +666,7 @@ def _covered(how: _How, where: Path, chosen: _Listed, shape: tuple, about: dict)
     sides = np.where(is_longer, longer.round().astype(np.int64)[:, None], size)
     wanted = Wanted(where, [*chosen], channels, sides, True)
     images = decoded(wanted, [*_stamps(chosen).values()], _decoding)
-    about |= _texts(chosen) | {"channels": channels, "size": size}
+    about |= _texts(chosen, about["classes"]) | {"channels": channels, "size": size}
     return CoverSet(torch.from_numpy(images), **about, sides=torch.from_numpy(sides))
 
 # %% ../nbs/20_data.ipynb #6fb888d4

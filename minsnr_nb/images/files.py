@@ -421,10 +421,11 @@ def layout(
     else:
         classes = class_names(names, path)
     said = [str(row.get("text") or row.get("caption") or "") for row in map(rows.get, names) if row]
-    beside = [os.path.splitext(name)[0] + ".txt" for name in names]
+    text = {n: t for n in names if (t := os.path.splitext(n)[0] + ".txt") in seen}
     with open_images(path) as read, ThreadPoolExecutor(os.cpu_count()) as pool:
-        text = lambda n: read(n).decode("utf-8", "replace").strip() if n in seen else ""  # noqa: E731
-        return Layout(classes, said or [*pool.map(text, beside)])
+        found = dict(zip(text, pool.map(read, text.values()), strict=True))
+    beside = [found.get(name, b"").decode("utf-8", "replace").strip() for name in names]
+    return Layout(classes, said or beside)
 
 # %% ../../nbs/images/10_files.ipynb #45ab9726
 def cache_dir() -> Path:
