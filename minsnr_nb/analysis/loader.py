@@ -87,7 +87,7 @@ def check_loader(
 ) -> Checked:
     "Prove on a folder that every picture comes once per epoch"
     steps, streams = walk_buckets(found, batch_size, epochs, seed)
-    rows, never = [], 0
+    never, rows = 0, list[dict]()
     for (h, w), n, taken in zip(found.sides, found.counts, streams, strict=True):
         lost, twice = miscounted(taken, n, epochs)
         unseen = n - len(taken[: n * epochs].unique())
@@ -99,5 +99,5 @@ def check_loader(
     far: range = range(len(steps) - 1, -1, -max(1, len(steps) // 16))
     again = (bucket_batch(s, batch_size, found.sides, found.counts, seed)[1] for s in far)
     direct = all(torch.equal(steps[s], index) for s, index in zip(far, again, strict=True))
-    total = [sum(int(row[k]) for row in rows) for k in ("lost", "twice")]
-    return Checked(len(steps), rows, *total, never, apart, direct)
+    lost, twice = (sum(row[k] for row in rows) for k in ("lost", "twice"))
+    return Checked(len(steps), rows, lost, twice, never, apart, direct)
