@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .config import EvalSection
@@ -123,16 +124,6 @@ class Evaluator:
         found = [probe_loss(model, x, *how, **size) for x in self.asked]
         return found[0] if len(found) == 1 else join_probes(found, [*map(len, self.asked)])
 
-    def bits(self, model: nn.Module) -> dict[str, float]:
-        "Bits per dimension of held-out images, at most, with a standard error over images"
-        if not self.cfg.likelihood_draws:
-            return {}
-        how = self.schedule, self.prediction, stream(self.seed, "likelihood")
-        size: dict[str, Any] = {"draws": self.cfg.likelihood_draws, "sigma_data": self.sigma_data}
-        bits = torch.cat([bits_per_dim(model, x, *how, **size) for x in self.asked])
-        error = bits.std().item() / len(bits) ** 0.5 if len(bits) > 1 else 0.0
-        return {"probe/bits_per_dim": bits.mean().item(), "probe/bits_per_dim/se": error}
-
     @property
     def asked(self) -> list[Tensor]:
         "The held-out images that the network is asked about, one tensor for each shape"
@@ -145,6 +136,21 @@ class Evaluator:
     def report(self, model: nn.Module) -> dict[str, float]:
         "Samples against images, and the probe"
         return _card(self, model)
+
+# %% ../nbs/62_evaluate.ipynb #59c2b0d3
+@patch
+def bits(
+    self: Evaluator,
+    model: nn.Module,
+) -> dict[str, float]:  # Empty where the config asks for none
+    "Bits per dimension of held-out images, at most, with a standard error over images"
+    if not self.cfg.likelihood_draws:
+        return {}
+    how = self.schedule, self.prediction, stream(self.seed, "likelihood")
+    size: dict[str, Any] = {"draws": self.cfg.likelihood_draws, "sigma_data": self.sigma_data}
+    bits = torch.cat([bits_per_dim(model, x, *how, **size) for x in self.asked])
+    error = bits.std().item() / len(bits) ** 0.5 if len(bits) > 1 else 0.0
+    return {"probe/bits_per_dim": bits.mean().item(), "probe/bits_per_dim/se": error}
 
 # %% ../nbs/62_evaluate.ipynb #ccbe8f55
 def join_results(

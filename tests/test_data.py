@@ -352,10 +352,10 @@ import re
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
-from minsnr_nb.images.files import Wanted, read_images
+from minsnr_nb.images.files import Decoding, read_images
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before, names = peak(), [f"one/{{i}}.png" for i in range(4)]
-read_images(Wanted(Path({str(tmp_path)!r}), names[:1] * 64 + names, 3, np.full((68, 2), 8), True))
+read_images(Decoding(Path({str(tmp_path)!r}), names[:1] * 64 + names, 3, np.full((68, 2), 8), True))
 print((peak() - before) / ({side} ** 2 * 3))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

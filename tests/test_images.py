@@ -282,11 +282,11 @@ def test_images_a_killed_cache_goes_on_where_it_was(here, monkeypatch):
     filling(here, kill_after=30)
     left = list(Path(os.environ["MINSNR_CACHE"]).glob("images/*/.pixels.u8.done"))
     decoded: list[str] = []
-    true = files.Wanted.decode
+    true = files.Decoding.decode
     monkeypatch.setattr(files, "PART", 2000)
     monkeypatch.setattr(mapped, "CACHE_FROM", 1)
     monkeypatch.setattr(
-        files.Wanted, "decode", lambda w, i, d: decoded.append(w.names[i]) or true(w, i, d)
+        files.Decoding, "decode", lambda w, i, d: decoded.append(w.names[i]) or true(w, i, d)
     )
     keys = {"size": 16, "resize": "bucket", "fewest": 8}
     resumed = load(here, **keys)
@@ -327,13 +327,13 @@ def test_images_a_damaged_part_is_decoded_again(here, monkeypatch):
 
 def test_images_a_folder_that_changes_while_it_is_cached_leaves_nothing(here, monkeypatch, capsys):
     monkeypatch.setattr(mapped, "CACHE_FROM", 1)
-    true = files.Wanted.decode
+    true = files.Decoding.decode
 
     def decode(wanted, i, data):
         (here / "pictures/059.png").write_bytes(picture(59, size=(20, 20)))
         return true(wanted, i, data)
 
-    monkeypatch.setattr(files.Wanted, "decode", decode)
+    monkeypatch.setattr(files.Decoding, "decode", decode)
     done = typed(capsys, "train", here / "b.yaml")
     assert done.returncode == 2 and "changed while it was read" in done.stderr
     assert done.stderr.count("\n") == 1 and not (here / "runs").exists()

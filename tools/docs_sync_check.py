@@ -48,9 +48,9 @@ def code(text: str) -> Iterator[str]:
 @cache
 def verbs(root: Path) -> frozenset[str]:
     "What `minsnr` can do"
-    code = "from minsnr_nb.cli import VERBS; print(*VERBS)"
+    code = "from minsnr_nb.cli import VERBS; print(*VERBS, sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    return frozenset(done.stdout.split())
+    return frozenset(done.stdout.splitlines())
 
 
 def scripts(root: Path) -> set[str]:
@@ -63,8 +63,10 @@ def commands(root: Path, snippet: str) -> Iterator[str]:
     for name in re.findall(r"\buv run (?:--?[\w-]+ )*([\w.-]+)", snippet):
         if name not in scripts(root) and not shutil.which(name, path=Path(sys.executable).parent):
             yield f"`uv run {name}`: no such command"
-    for verb in re.findall(r"(?:^|uv run |&& )minsnr (?!-)([A-Za-z]+)\b", snippet):
-        if verb not in verbs(root):
+    for verb, second in re.findall(
+        r"(?:^|uv run |&& )minsnr (?!-)([A-Za-z]+)\b(?: ([a-z-]+))?", snippet
+    ):
+        if not {verb, f"{verb} {second}"} & verbs(root):
             yield f"`minsnr {verb}`: no such verb; known: {', '.join(sorted(verbs(root)))}"
 
 

@@ -27,7 +27,7 @@ def walk_buckets(
     "Take steps until every bucket has had its epochs"
     streams: list[list[Tensor]] = [[] for _ in found.counts]
     missing = [-(-epochs * n // batch_size) for n in found.counts]
-    steps = []
+    steps: list[Tensor] = []
     while max(missing) > 0:
         turn, index = bucket_batch(len(steps), batch_size, found.sides, found.counts, seed)
         steps.append(index)
@@ -87,7 +87,7 @@ def check_loader(
 ) -> Checked:
     "Prove on a folder that every picture comes once per epoch"
     steps, streams = walk_buckets(found, batch_size, epochs, seed)
-    rows, never = [], 0
+    never, rows = 0, list[dict]()
     for (h, w), n, taken in zip(found.sides, found.counts, streams, strict=True):
         lost, twice = miscounted(taken, n, epochs)
         unseen = n - len(taken[: n * epochs].unique())
@@ -96,7 +96,7 @@ def check_loader(
             {"bucket": f"{h}x{w}", "pictures": n, "epochs": epochs, "lost": lost, "twice": twice}
         )
     apart = all(torch.equal(torch.cat(shared(s, processes)), s) for s in steps)
-    far = range(len(steps) - 1, -1, -max(1, len(steps) // 16))
+    far: range = range(len(steps) - 1, -1, -max(1, len(steps) // 16))
     again = (bucket_batch(s, batch_size, found.sides, found.counts, seed)[1] for s in far)
     direct = all(torch.equal(steps[s], index) for s, index in zip(far, again, strict=True))
     lost, twice = (sum(row[k] for row in rows) for k in ("lost", "twice"))

@@ -377,7 +377,7 @@ def contact_sheet(
     sheet = Image.new("RGB", (columns * side, -(-len(names) // columns) * side or side), "white")
     with open_images(found.path) as read:
         for i, name in enumerate(names):
-            colour = {True: "red", False: "orange"}.get(kinds.get(name), "white")
+            colour = ("red" if kinds[name] else "orange") if name in kinds else "white"
             sheet.paste(
                 _thumbnail(read, name, side, colour), (i % columns * side, i // columns * side)
             )

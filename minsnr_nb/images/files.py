@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'UNREADABLE', 'SPLITS', 'ONE_CLASS', 'ALONE', 'FORMATS', 'PART', 'METADATA', 'walk_files', 'list_images',
-           'class_names', 'held_out', 'alone_when_large', 'read_image', 'open_images', 'Wanted', 'few', 'refuse',
+           'class_names', 'held_out', 'alone_when_large', 'read_image', 'open_images', 'Decoding', 'few', 'refuse',
            'read_images', 'read_pictures', 'Layout', 'layout', 'cache_dir', 'cached']
 
 # %% ../../nbs/images/10_files.ipynb #f7c0bcf2
@@ -238,7 +238,7 @@ def open_images(
         yield read
 
 # %% ../../nbs/images/10_files.ipynb #5af73304
-class Wanted(NamedTuple):
+class Decoding(NamedTuple):
     "Pictures to decode, in a row"
 
     path: Path  # A directory or a zip
@@ -277,7 +277,7 @@ def _parts(starts: np.ndarray) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def _decode_part(wanted: Wanted, read: Callable, part: tuple, starts: np.ndarray) -> tuple:
+def _decode_part(wanted: Decoding, read: Callable, part: tuple, starts: np.ndarray) -> tuple:
     "Bytes of some pictures in a row, and what was wrong with others"
     out, problems = np.empty(starts[part[1]] - starts[part[0]], np.uint8), []
     for i in range(*part):
@@ -313,7 +313,7 @@ def refuse(
 
 
 def read_images(
-    wanted: Wanted,
+    wanted: Decoding,
 ) -> np.ndarray:  # All bytes in a row, uint8
     "Decode many pictures into memory"
     try:
@@ -329,7 +329,7 @@ def read_images(
 
 # %% ../../nbs/images/10_files.ipynb #9faa12f9
 def read_pictures(
-    wanted: Wanted,
+    wanted: Decoding,
     put: Callable[[int, np.ndarray], Any],  # Takes the place of a part in the row, and its bytes
     done: Container = (),  # Places of parts that are there already
     tell: Callable[[int], Any] = lambda n: None,  # Called with numbers of pictures
@@ -421,10 +421,11 @@ def layout(
     else:
         classes = class_names(names, path)
     said = [str(row.get("text") or row.get("caption") or "") for row in map(rows.get, names) if row]
-    beside = [os.path.splitext(name)[0] + ".txt" for name in names]
+    text = {n: t for n in names if (t := os.path.splitext(n)[0] + ".txt") in seen}
     with open_images(path) as read, ThreadPoolExecutor(os.cpu_count()) as pool:
-        text = lambda n: read(n).decode("utf-8", "replace").strip() if n in seen else ""  # noqa: E731
-        return Layout(classes, said or [*pool.map(text, beside)])
+        found = dict(zip(text, pool.map(read, text.values()), strict=True))
+    beside = [found.get(name, b"").decode("utf-8", "replace").strip() for name in names]
+    return Layout(classes, said or beside)
 
 # %% ../../nbs/images/10_files.ipynb #45ab9726
 def cache_dir() -> Path:

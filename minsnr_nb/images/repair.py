@@ -13,6 +13,7 @@ import os
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,24 +89,23 @@ def upright_rgb(
     "Write a picture anew: 8 bits, opaque, upright"
     from PIL import Image, ImageOps
 
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image, alone_when_large(image):
-        image.load()
-        image.seek(0)
-        try:
-            image = ImageOps.exif_transpose(image)
-        except Exception:  # broken tags: as it is stored
-            image = image.copy()
-        if image.mode.startswith(("I", "F")):
-            low, high = image.getextrema()
-            top = 65535 if image.mode.startswith("I") and high > 255 else max(high, 1)
-            image = image.convert("F").point(lambda v: v * (255 / top) + 0.5).convert("L")
-        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-            over = image.convert("RGBA")
-            image = Image.new("RGBA", over.size, "white")
-            image.alpha_composite(over)
-        image = image if image.mode == "L" else image.convert("RGB")
-        image.info.clear()
-        image.save(file := io.BytesIO(), "PNG")
+    with Image.open(io.BytesIO(data), formats=FORMATS) as opened, alone_when_large(opened):
+        opened.load()
+        opened.seek(0)
+        image: Any = opened.copy()
+    with suppress(Exception):  # broken tags: as it is stored
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        low, high = image.getextrema()
+        top = 65535 if image.mode.startswith("I") and high > 255 else max(high, 1)
+        image = image.convert("F").point(lambda v: v * (255 / top) + 0.5).convert("L")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        over = image.convert("RGBA")
+        image = Image.new("RGBA", over.size, "white")
+        image.alpha_composite(over)
+    image = image if image.mode == "L" else image.convert("RGB")
+    image.info.clear()
+    image.save(file := io.BytesIO(), "PNG")
     return file.getvalue()
 
 # %% ../../nbs/images/12_repair.ipynb #2d962a32
