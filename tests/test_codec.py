@@ -163,6 +163,21 @@ def test_codec_cache_changes_no_bit(home, trained, monkeypatch):
     assert len(keys) > 5 and all(final[0][k] == final[1][k] for k in keys if "seconds" not in k)
 
 
+def test_codec_sees_the_mirrored_pictures_of_a_training_on_pixels(home):
+    "The same coin as on pixels, and the latents of the mirrored picture"
+    lab = build(load(NETWORK).cfg, "cpu")
+    index, latents = torch.arange(16), lab.latents[0]
+    pictures = train_loop.clean_images(lab.train, index, 5, lab.cfg)
+    upright = train_loop.clean_images(
+        lab.train, index, 5, load(NETWORK, overrides=("train.flip=false",)).cfg
+    )
+    assert 0 < (pictures != upright).flatten(1).any(1).sum() < 16
+    mean, logvar = latents.codec.encode(pictures)
+    noise = train_loop.stream(0, "posterior").normal(16, latents.shape, first=5)
+    wanted = latents.scale.normalise(mean + (logvar / 2).exp() * noise)
+    assert torch.equal(train_loop.clean_images(latents, index, 5, lab.cfg), wanted)
+
+
 def test_codec_shares_of_a_batch_give_the_same_bits(home):
     one, two = (
         api.train_run(
