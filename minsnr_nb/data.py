@@ -103,7 +103,7 @@ class ImageSet:
         "Identify the content"
         digest = hashlib.sha256(repr(self._about()).encode())
         for x in (self.images, self.labels):
-            row = memoryview(x.cpu().contiguous().numpy().reshape(-1)).cast("B")
+            row = x.cpu().contiguous().numpy().reshape(-1).data.cast("B")
             for start in range(0, len(row), HASHED):
                 digest.update(row[start : start + HASHED])
                 let_go(self._address, HASHED)

@@ -144,7 +144,7 @@ def _mapped(place: Path, size: int) -> np.ndarray | None:
         return None
     # copy on write: torch warns of memory that nobody may write to
     found = np.memmap(place, np.uint8, "c", shape=(size,))
-    _MAPS[found.ctypes.data] = found._mmap  # type: ignore[attr-defined]
+    _MAPS[found.ctypes.data] = found._mmap
     return np.asarray(found)
 
 # %% ../../nbs/images/14_mapped.ipynb #bb471467
