@@ -120,6 +120,7 @@ def _cache(
     *overrides: _Pair,  # More YAML files, and settings, which are applied last
     explain: bool = False,  # Only say what would be encoded, and why
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
+    trust_code: _Hash = None,  # Accept the own code of a run, once you have read it
 ) -> None:
     "Encode what a training in latents reads: minsnr cache CONFIG [--explain], minsnr cache gc"
     from minsnr_nb.api import cache_latents, free_latents
@@ -151,6 +152,7 @@ def _vae(
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
     run_root: _Dir = None,  # train: where runs live; settings.ini has the default
     processes: _Number = 1,  # train: that share each step, as train.shards allows
+    trust_code: _Hash = None,  # Accept the own code of a run, once you have read it
 ) -> None:
     "Train an autoencoder, or see what it loses: minsnr vae train CONFIG, minsnr vae recon RUN --image in.png"
     if what == "train":
@@ -1125,7 +1127,7 @@ def _said(e: Exception) -> str:
     name = (getattr(e, "name", None) or "").split(".")[0]
     if name in ("", "minsnr_nb"):
         return ""
-    extra = "dask" if name in ("dask", "distributed") else "lab"
+    extra = {"dask": "dask", "distributed": "dask", "diffusers": "vae"}.get(name, "lab")
     return f"{name} is not installed; `pip install 'minsnr_nb[{extra}]'` brings it"
 
 

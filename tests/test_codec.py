@@ -166,16 +166,15 @@ def test_codec_cache_changes_no_bit(home, trained, monkeypatch):
 def test_codec_sees_the_mirrored_pictures_of_a_training_on_pixels(home):
     "The same coin as on pixels, and the latents of the mirrored picture"
     lab = build(load(NETWORK).cfg, "cpu")
-    index, latents = torch.arange(16), lab.latents[0]
-    pictures = train_loop.clean_images(lab.train, index, 5, lab.cfg)
-    upright = train_loop.clean_images(
-        lab.train, index, 5, load(NETWORK, overrides=("train.flip=false",)).cfg
-    )
-    assert 0 < (pictures != upright).flatten(1).any(1).sum() < 16
+    latents, n = lab.latents[0], lab.cfg.train.batch_size
+    unflipped = load(NETWORK, overrides=("train.flip=false",)).cfg
+    pictures = train_loop.clean_images(1, lab.train, lab.cfg).x0
+    upright = train_loop.clean_images(1, lab.train, unflipped).x0
+    assert 0 < (pictures != upright).flatten(1).any(1).sum() < n
     mean, logvar = latents.codec.encode(pictures)
-    noise = train_loop.stream(0, "posterior").normal(16, latents.shape, first=5)
+    noise = train_loop.stream(0, "posterior").normal(n, latents.shape, first=n)
     wanted = latents.scale.normalise(mean + (logvar / 2).exp() * noise)
-    assert torch.equal(train_loop.clean_images(latents, index, 5, lab.cfg), wanted)
+    assert torch.equal(train_loop.clean_images(1, latents, lab.cfg).x0, wanted)
 
 
 def test_codec_shares_of_a_batch_give_the_same_bits(home):

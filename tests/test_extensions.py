@@ -472,6 +472,8 @@ EXECUTES = {  # verb -> words after it; {run} is a stranger's run, {model} its p
     "continue": ["{run}", "--steps", "14", "--run-root", "{out}"],
     "repro": ["{run}", "--verify", "--here"],
     "promote": ["{run}", "stolen"],
+    "cache": ["{run}/config.resolved.yaml"],
+    "vae": ["eval", "{run}"],
 }
 READS = {
     "check": ["{run}"],
