@@ -135,15 +135,14 @@ def _cache(
     _say("\n".join(cache_latents(*files, overrides=settings, device=device, why=explain)))
 
 # %% ../nbs/73_cli.ipynb #47908a0d
-_VAE = ("train", "recon", "eval")
+_VAE = Annotated[str, {"choices": ["train", "recon", "eval"], "metavar": "train|recon|eval"}]
+_VAE_OF = Annotated[str, {"metavar": "CONFIG|RUN|MODEL"}]
 
 
 @_verb("vae")
 def _vae(
-    what: Annotated[str, {"choices": [*_VAE], "metavar": "train|recon|eval"}],  # What to do
-    config: Annotated[
-        str, {"metavar": "CONFIG|RUN|MODEL"}
-    ],  # train: YAML file; otherwise a run, or local://NAME@VERSION
+    what: _VAE,  # What to do
+    config: _VAE_OF,  # train: YAML file; otherwise a run, or local://NAME@VERSION
     *overrides: _Pair,  # More YAML files, and settings, which are applied last
     image: Annotated[str | None, {"metavar": "FILE"}] = None,  # recon: the picture
     out: _Dir = None,  # recon: where the pictures go; . when not given

@@ -327,15 +327,21 @@ class Slab:
 
     def __init__(self, path, size: int):
         self.path, self.size = Path(path), size
-        self._part, self._list = (self.path.with_name(f".{self.path.name}.{n}") for n in ("part", "done"))
+        self._part, self._list = (
+            self.path.with_name(f".{self.path.name}.{n}") for n in ("part", "done")
+        )
         with _doing("make", self.path):
-            self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            self._fd = os.open(
+                self._part, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666
+            )
             if os.fstat(self._fd).st_size != size:  # another one's, or a new one
                 with suppress(FileNotFoundError):
                     os.unlink(self._list)
                 os.ftruncate(self._fd, size)
         self._log = Appender(self._list)
-        self.done = {start: stop for start, stop, crc in self._listed() if self._intact(start, stop, crc)}
+        self.done = {
+            start: stop for start, stop, crc in self._listed() if self._intact(start, stop, crc)
+        }
 
     def _listed(self):
         end = whole_lines(self._list)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from minsnr_nb import api, runner
 from minsnr_nb import lab as laboratory
-from minsnr_nb.images import files
+from minsnr_nb.images import files, mapped
 from minsnr_nb.record import provenance
 from minsnr_nb.record.directory import Run
 from minsnr_nb.record.state import attempts_of
@@ -107,11 +107,10 @@ def _elsewhere(what: str) -> ExitStack:
     elif what == "cache":
         api.build(api.load(CONFIG).cfg, "cpu")  # puts the pictures, which lie elsewhere now, there
         laboratory._images.cache_clear()
-        for path in (files.cache_dir() / "images").glob("*"):
-            pixels = np.load(path)
-            pixels.flat[0] ^= 1
-            np.save(path.with_suffix(".npy"), pixels)
-            path.with_suffix(".npy").rename(path)
+        for path in (files.cache_dir() / "images").glob("*/pixels.u8"):
+            pixels = bytearray(path.read_bytes())
+            pixels[0] ^= 1
+            path.write_bytes(pixels)
     return stack
 
 
@@ -135,7 +134,7 @@ def _here(root: Path) -> ExitStack:
     stack = ExitStack()
     places = {"MINSNR_DATA": str(root / "data"), "MINSNR_CACHE": str(root / "cache")}
     stack.enter_context(patch.dict("os.environ", places))
-    stack.enter_context(patch.object(files, "CACHE_FROM", 0))
+    stack.enter_context(patch.object(mapped, "CACHE_FROM", 0))
     laboratory._images.cache_clear()
     return stack
 
