@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from annotated_types import Ge, MultipleOf
 from safetensors.torch import load as load_tensors
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import NonNegative, PositiveInt
