@@ -29,7 +29,7 @@ from .record.generations import CheckpointError, find_checkpoint
 from .config import Config, Lane, config_diff
 from .errors import ConfigError, MinsnrError
 from .vae.autoencoder import difference_map, reconstruction
-from .durable import claim, desk, digest, make_dir, sha256
+from .durable import claim, desk, digest, make_dir, put_new, sha256
 from .ema import mix_of_snapshots
 from .evaluate import report
 from minsnr_nb.record.evaluations import (
@@ -742,11 +742,11 @@ def eval_autoencoder(
 ) -> dict[str, float]:
     "Judge an autoencoder on the held-out images, and leave a record of it"
     if name.startswith("local://"):
-        path = find_model(name, settings(project_root())["models"]).path / CARD
+        model = find_model(name, settings(project_root())["models"])
+        able = (model.path / CARD).is_file()
     else:
-        cfg = config_of(open_run(name))
-        path = Path(name) if cfg.codec.name == "kl_vae" else Path(name) / CARD
-    if not path.exists():
+        able = config_of(open_run(name)).codec.name == "kl_vae"
+    if not able:
         raise ConfigError(f"{name}: is no autoencoder; `minsnr vae train` makes one")
     how: dict[str, Any] = {"overrides": overrides, "device": device, "warn": warn}
     if name.startswith("local://"):
@@ -772,4 +772,4 @@ def recon(
     make_dir(out)
     pictures = {"recon": back, "difference": difference_map(clean, back)}
     place = lambda kind: Path(out) / f"{Path(image).stem}_{kind}.png"  # noqa: E731
-    return values, [save_png(tile(x, 1), place(kind)) for kind, x in pictures.items()]
+    return values, [put_new(place(kind), png(tile(x, 1))) for kind, x in pictures.items()]

@@ -702,18 +702,18 @@ def _verdict(
 ) -> None:
     "Say what the runs of a study show: minsnr verdict STUDY.yaml [--json] [--out REPORT.html]"
     from minsnr_nb.settings import project_root, settings
-    from minsnr_nb.sweep.plan import declared, read_plan
-    from minsnr_nb.durable import replace
+    from minsnr_nb.sweep.plan import declared, read_plan, sweep_home
+    from minsnr_nb.record.html import store_page
     from minsnr_nb.sweep.report import report_html, study_record
 
     plan, root = read_plan(study), Path(run_root or settings(project_root())["runs"])
-    if not (root / "sweeps" / plan.name / "plan.json").is_file():
+    if not (sweep_home(plan, root) / "plan.json").is_file():
         raise ConfigError(f"{study}: has not run below {root}; `minsnr sweep {study}` does that")
     home = declared(plan, root)
     if json:
         return _say(_as_json(study_record(plan, home)))
     if out:
-        return _say(str(replace(out, report_html(study_record(plan, home)))))
+        return _say(str(store_page(out, report_html(study_record(plan, home)))))
     _verdict_said(plan, home)
 
 # %% ../nbs/73_cli.ipynb #666c1afe
@@ -762,10 +762,10 @@ def _new_file(option: str, file: str | None) -> None:
 
 def _write_sheet(file: str, found: Any) -> None:
     "Draw a contact sheet"
-    from minsnr_nb.durable import replace
+    from minsnr_nb.durable import put_new
     from minsnr_nb.images.doctor import contact_sheet
 
-    replace(file, contact_sheet(found))
+    put_new(file, contact_sheet(found))
 
 # %% ../nbs/73_cli.ipynb #15d4e7df
 @_verb("data inspect")

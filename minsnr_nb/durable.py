@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from minsnr_nb.errors import MinsnrError
+from minsnr_nb.errors import ConfigError, MinsnrError
 
 try:
     import fcntl
@@ -51,6 +51,7 @@ __all__ = [
     "open_desk",
     "publish",
     "publish_files",
+    "put_new",
     "remove",
     "remove_empty",
     "renew",
@@ -271,6 +272,13 @@ def claim(path, data: Data) -> bool:
                     return False
         _fsync(path.parent)
     return True
+
+
+def put_new(path, data: str | bytes) -> Path:
+    "Make a file that somebody has named; what is there already stays, and is an error unless it is the same"
+    if not claim(path, data) and sha256(path) != digest(data):
+        raise ConfigError(f"{path}: exists already, and is never replaced; give another name")
+    return Path(path)
 
 
 class Appender:

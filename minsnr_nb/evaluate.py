@@ -121,10 +121,10 @@ class Evaluator:
         size: dict[str, Any] = {"n_bins": self.cfg.probe_bins, "draws": self.cfg.probe_draws}
         size["sigma_data"] = self.sigma_data
         how = self.schedule, self.prediction, stream(self.seed, "probe")
-        found = [probe_loss(model, x, *how, **size) for x in self.asked]
-        return found[0] if len(found) == 1 else join_probes(found, [*map(len, self.asked)])
+        sets = self.asked()
+        found = [probe_loss(model, x, *how, **size) for x in sets]
+        return found[0] if len(found) == 1 else join_probes(found, [*map(len, sets)])
 
-    @property
     def asked(self) -> list[Tensor]:
         "The held-out images that the network is asked about, one tensor for each shape"
         n = min(self.cfg.probe_images, len(self.test))
@@ -132,10 +132,6 @@ class Evaluator:
             z = self.latents.draw(torch.arange(n), 0, self.seed, "probe/posterior")
             return [z.to(self.device)]
         return [x.to(self.device) for x in first_images(self.test, n)]
-
-    def report(self, model: nn.Module) -> dict[str, float]:
-        "Samples against images, and the probe"
-        return _card(self, model)
 
 # %% ../nbs/62_evaluate.ipynb #59c2b0d3
 @patch
@@ -148,7 +144,7 @@ def bits(
         return {}
     how = self.schedule, self.prediction, stream(self.seed, "likelihood")
     size: dict[str, Any] = {"draws": self.cfg.likelihood_draws, "sigma_data": self.sigma_data}
-    bits = torch.cat([bits_per_dim(model, x, *how, **size) for x in self.asked])
+    bits = torch.cat([bits_per_dim(model, x, *how, **size) for x in self.asked()])
     error = bits.std().item() / len(bits) ** 0.5 if len(bits) > 1 else 0.0
     return {"probe/bits_per_dim": bits.mean().item(), "probe/bits_per_dim/se": error}
 
@@ -183,7 +179,9 @@ def anchor_values(
     return join_results(out)
 
 
-def _card(judge: Evaluator, model: nn.Module) -> dict[str, float]:
+@patch(nm="report")
+def _report(judge: Evaluator, model: nn.Module) -> dict[str, float]:
+    "Samples against images, and the probe"
     images = judge.draw(model, judge.cfg.samples)
     scored = ((name, metric(images, judge.train)) for name, metric in judge.metrics.items())
     out = {f"eval/{key}": v for key, v in join_results(scored).items()}

@@ -542,7 +542,7 @@ def _changes(run: Run, lab: Lab, found: Found | None, processes: int = 1) -> dic
 
 # %% ../nbs/71_runner.ipynb #2cac5808
 def data_changes(run: Run, lab: Lab) -> dict[str, str]:
-    "Whether the images are those that the run began with: {} or what differs, under `data`"
+    "Whether the images are those that the run began with: {} or what differs, under `data` and `codec`"
     then = {d["name"]: d["sha256"] for d in run.provenance().get("data") or []}
     now = {d["name"]: d["sha256"] for d in map(_identity, (lab.train, lab.test))}
     other = [name for name in then if then[name] != now.get(name, then[name])]
@@ -567,10 +567,15 @@ def refuse_other_data(
     "Refuse to go on with images that are not those of the run"
     _known(allow, ("data",))
     changes = data_changes(run, lab)
-    if codec := changes.get("codec"):
-        raise ConfigError(f"{run.path}: another autoencoder: {codec}; bring the old one back")
+    _refuse_codec(run, changes)
     if "data" in changes and "data" not in allow:
         raise ConfigError(f"{run.path}: other data: {changes['data']}; --allow data takes it")
+
+
+def _refuse_codec(run: Run, changes: dict[str, str]) -> None:
+    "Latents of another autoencoder mean nothing to a network; that cannot be allowed"
+    if said := changes.get("codec"):
+        raise ConfigError(f"{run.path}: another autoencoder: {said}; bring the old one back")
 
 
 def _known(allow: tuple[str, ...], names: tuple[str, ...]) -> None:
@@ -581,10 +586,7 @@ def _known(allow: tuple[str, ...], names: tuple[str, ...]) -> None:
 # %% ../nbs/71_runner.ipynb #d57a7e05
 def _refuse(run: Run, changes: dict[str, str], allow: tuple[str, ...]) -> None:
     "Refuse to resume a strict run where bits would change"
-    if "codec" in changes:
-        raise ConfigError(
-            f"{run.path}: another autoencoder: {changes['codec']}; bring the old one back"
-        )
+    _refuse_codec(run, changes)
     _known(allow, ("code", "torch", "num_threads", "device", "world_size", "data"))
     strict = run.provenance()["determinism"]["mode"] == "strict"
     rest = [k for k in changes if k not in allow and (strict or k == "data")]

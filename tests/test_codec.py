@@ -17,8 +17,6 @@ from minsnr_nb.lab import build, load
 from minsnr_nb.record.checks import check_run
 from tests.runs import typed
 
-pytest.importorskip("diffusers")
-
 DATA = {"name": "shapes", "size": 8, "n": 40, "n_test": 12}
 VAE = {
     "project": "vae",
@@ -103,6 +101,10 @@ def test_codec_vae_eval_repeats_and_recon_takes_any_size(home, capsys, tmp_path)
         assert done.returncode == 0, done.stderr
         assert Image.open(tmp_path / "out/odd_recon.png").size == (13, 7)
         assert {"psnr", "ssim", "latent/sigma_data"} <= json.loads(done.stdout).keys()
+    (tmp_path / "out/odd_recon.png").write_bytes(b"mine")
+    done = typed(capsys, "vae", "recon", run, *words)
+    assert done.returncode == 2 and "is never replaced" in done.stderr
+    assert (tmp_path / "out/odd_recon.png").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ CONFIG = {
     | {"checkpoint_every": 3},
     "sampler": {"name": "ddim", "steps": 2},
     "metrics": [],
-    "eval": {"every": 12, "samples": 12, "probe_images": 6, "probe_draws": 1},
+    "eval": {"every": 12, "samples": 12, "probe_images": 6, "probe_draws": 1}
+    | {"likelihood_draws": 1},
 }
 
 
@@ -124,6 +125,9 @@ def test_images_twelve_faults_are_named_repaired_and_trained_on(here, capsys):
     assert record["sha256"] == before and not record["takes"]
     plain = typed(capsys, "data", "inspect", pictures, "--sheet", here / "sheet.png")
     assert plain.returncode == 1 and all(name in plain.stdout for name in planted)
+    (here / "mine.png").write_bytes(b"mine")
+    refused = typed(capsys, "data", "inspect", pictures, "--sheet", here / "mine.png")
+    assert refused.returncode == 2 and (here / "mine.png").read_bytes() == b"mine"
     assert "no, 3 faults stop it" in plain.stdout and Image.open(here / "sheet.png").size[0] > 500
     refused = typed(capsys, "train", here / "b.yaml")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
@@ -374,9 +378,12 @@ def test_images_a_wrong_request_is_one_line_and_nothing_is_made(words, part, her
         (("inspect", "{}", "--sheet", "{}/no/sheet.png"), "its folder does not exist"),
         (("repair", "{}", "--out", "{}/inside"), "lies inside"),
         (("repair", "{}"), "--out"),
+        (("card", "{}/../none"), "no picture that can be decoded"),
     ],
 )
 def test_images_a_wrong_question_about_a_folder_is_one_line(words, part, here, capsys):
+    (here / "none").mkdir()
+    (here / "none/broken.png").write_bytes(b"no picture")
     before = sorted(here.rglob("*"))
     done = typed(capsys, "data", *(w.format(here / "pictures") for w in words))
     assert done.returncode == 2 and part in done.stderr and done.stderr.count("\n") == 1

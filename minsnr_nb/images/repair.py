@@ -190,6 +190,8 @@ def card_facts(
 ) -> dict:
     "Collect what a card says"
     names = sorted(found.pictures)
+    if not names:
+        raise ConfigError(f"{found.path}: holds no picture that can be decoded")
     said = layout(found.path, names)
     sides = found.sides
     return {

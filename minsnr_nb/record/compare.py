@@ -14,13 +14,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .. import durable
 from ..config import config_diff
 from ..errors import ConfigError
 from .evaluations import find_evaluation
 from .events import each_event
 from ..guard import read_plain
-from .html import html_page, html_table, markup, png_tag
+from .html import html_page, html_table, markup, png_tag, store_page
 from .strict_json import read_json
 from .directory import RESERVED, Run, open_run
 from .state import derive_state, read_status
@@ -144,4 +143,4 @@ def compare_page(
         title("Samples of the same noise"),
         html_table(_grids(runs), ["step", *names]),
     ]
-    return durable.replace(Path(out), html_page("Runs side by side", blocks))
+    return store_page(out, html_page("Runs side by side", blocks))

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from ..record.state import derive_state
 from ..settings import project_root, settings
 from .engine import SweepState, run_sweep
-from .plan import Plan, declared, read_plan
+from .plan import Plan, declared, read_plan, sweep_home
 from .verdict import claimed_run, sentences, verdict_of
 
 # %% ../../nbs/sweep/17_board.ipynb #5a9deff5
@@ -95,7 +95,9 @@ class SweepBoard:
 
         self.study, self.plan = study, read_plan(study)
         self.root = Path(run_root or settings(project_root())["runs"])
-        self.home = declared(self.plan, self.root)
+        self.home = sweep_home(self.plan, self.root)
+        if (self.home / "plan.json").is_file():
+            declared(self.plan, self.root)  # refuses to show the runs of another plan
         self.bar = widgets.IntProgress(max=len(self.plan.trials), layout={"width": "320px"})
         self.table, self.text, self.words = widgets.HTML(), widgets.HTML(), widgets.HTML()
         again = widgets.Button(description="look again", icon="refresh")

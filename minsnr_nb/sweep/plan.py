@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Name', 'Outcome', 'Seed', 'AGAIN', 'ELSEWHERE', 'SeedRange', 'Primary', 'Rule', 'Sweep', 'study_schema', 'Trial',
-           'Plan', 'read_plan', 'written_study', 'declared']
+           'Plan', 'read_plan', 'written_study', 'sweep_home', 'declared']
 
 # %% ../../nbs/sweep/11_plan.ipynb #be3d6d3a
 import json
@@ -315,12 +315,20 @@ def written_study(
     return replace(path, write_yaml({"study": study} | text))
 
 # %% ../../nbs/sweep/11_plan.ipynb #1fd28292
+def sweep_home(
+    plan: Plan,
+    run_root: str | Path,  # Where runs live
+) -> Path:  # Directory of the sweep, whether it is there or not
+    "Say where a sweep keeps its plan and its claims"
+    return Path(run_root) / "sweeps" / plan.name
+
+
 def declared(
     plan: Plan,
     run_root: str | Path,  # Where runs live
 ) -> Path:  # Directory of the sweep, which holds plan.json
     "Write down a plan before its first run, or agree with what was written down"
-    home = Path(run_root) / "sweeps" / plan.name
+    home = sweep_home(plan, run_root)
     asked = plan.sweep.model_dump(mode="json")
     if not asked["zip"]:  # a study that was declared before there was `zip` is the same study
         del asked["zip"]

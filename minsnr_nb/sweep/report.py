@@ -117,6 +117,7 @@ def arms_figure(
         )
     ax.axvline(0, color="0.3", lw=0.8)
     ax.set_yticks(range(len(arms)), [literal(n) for n, _ in reversed(arms)])
+    ax.set_ylim(-0.6, len(arms) - 0.4)
     unit = ", %" if question.scale == "ratio" else ""
     ax.set_xlabel(f"{sweep.primary.metric}: difference from {literal(sweep.baseline)}{unit}")
     return picture
