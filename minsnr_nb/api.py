@@ -45,7 +45,7 @@ from .data import pixels
 from .images.codec import CARD, Codec, codec_card, kl_codec
 from .images.files import read_image
 from .images.latent_cache import Store, collect_garbage, explain
-from .images.latents import MEASURED_ON, Latents
+from .images.latents import MEASURED_ON, Latents, measured_latents
 from minsnr_nb.lab import (
     Lab,
     build,
@@ -217,13 +217,13 @@ def cache_latents(
     lab, store = build(load(*sources, overrides=overrides).cfg, device), Store.here()
     if not lab.latents:
         raise ConfigError("codec.name: this config trains on pixels; there are no latents to keep")
+    parts = [part for latents in lab.latents for part in latents.parts]
     if why:
-        return [line for x in lab.latents for line in explain(store, *wanted_of(lab.cfg, x))]
+        return [line for x in parts for line in explain(store, *wanted_of(lab.cfg, x))]
     out = []
-    for latents in lab.latents:
+    for latents in parts:
         table = table_of(lab.cfg, latents)
-        set_ = f"{latents.source.name}/{latents.source.split}"
-        out.append(f"{set_}: {len(table.place)} rows, digest {table.digest}")
+        out.append(f"{latents.title}: {len(table.place)} rows, digest {table.digest}")
         out += [f"{k}: {v}; it is left where it is" for k, v in table.found.bad.items()]
     return out
 
@@ -606,7 +606,8 @@ def verify_run(
 def _codec_card(network: nn.Module, lab: Lab) -> str:
     "What is put beside the weights of an autoencoder: its form, and how large its latents are"
     codec = replace(lab.evaluator.around(network), digest="measured")
-    known = Latents(lab.train, partial(pixels, lab.train), codec).measured()
+    latents = Latents(lab.train, partial(pixels, lab.train), codec)
+    known = latents.rescaled(measured_latents((latents,)))
     about = {
         "name": lab.train.name,
         "sha256": lab.train.sha256,

@@ -308,11 +308,17 @@ def bucket_batch(
 
 
 @patch  # type: ignore[no-redef]
-def take(self: BucketSet, step: int, batch_size: int, seed: int) -> Taken:  # noqa: F811
+def take(  # noqa: F811
+    self: BucketSet,
+    step: int,
+    batch_size: int,
+    seed: int,
+    read: Callable[[Turn, Tensor], Tensor] | None = None,  # Bucket and which ones; else its images
+) -> Taken:
     "Take the images of a step, all from one bucket"
     turn, index = bucket_batch(step, batch_size, self.sides, self.counts, seed)
     name = "/{}x{}".format(*self.sides[turn.bucket])
-    x0 = pixels(self.parts[turn.bucket], index)
+    x0 = read(turn, index) if read else pixels(self.parts[turn.bucket], index)
     first = turn.batch * batch_size
     return Taken(index + self.starts[turn.bucket], x0, first, name, turn.bucket)
 

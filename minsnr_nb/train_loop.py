@@ -25,7 +25,7 @@ from .config import Config, OptimSection
 from .errors import ConfigError, MinsnrError
 from .data import ImageSet, Taken, flips, order
 from .ema import EMA
-from .images.latents import Latents
+from .images.latents import LatentBuckets, Latents
 from .objective import Objective
 from .seeds import stream, torch_seed
 from minsnr_nb.processes.shards import (
@@ -51,26 +51,34 @@ class Batch(NamedTuple):
 # %% ../nbs/50_train_loop.ipynb #14d48b72
 def clean_images(
     step: int,  # Optimiser step, from 0
-    images: ImageSet | Latents,  # What to train on
+    images: ImageSet | Latents | LatentBuckets,  # What to train on
     cfg: Config,  # Reads seed, train.batch_size, train.flip
 ) -> Taken:  # Images in [-1, 1], or normalised latents
     "Gather the clean side of a batch, mirrored by a coin where the config says so"
     n, seed = cfg.train.batch_size, cfg.seed
+    if isinstance(images, LatentBuckets):
+        seen = lambda turn, i: _latents(images.parts[turn.bucket], i, turn.batch * n, cfg)  # noqa: E731
+        return images.data.take(step, n, seed, seen)
     if isinstance(images, Latents):
         index = order(len(images), step * n, n, stream(seed, "order"))
-        both = torch.stack([index, index + len(images)], 1).view(-1, 1, 1, 2)
-        coin = stream(seed, "flip")
-        rows = flips(both, step * n, coin)[..., 0].flatten() if cfg.train.flip else index
-        return Taken(index, images.draw(rows, step * n, seed), step * n)
+        return Taken(index, _latents(images, index, step * n, cfg), step * n)
     taken = images.take(step, n, seed)
     if not cfg.train.flip:
         return taken
     return taken._replace(x0=flips(taken.x0, taken.first, stream(seed, f"flip{taken.stream}")))
 
+
+def _latents(latents: Latents, index: Tensor, first: int, cfg: Config) -> Tensor:
+    "Latents of images, or of mirrored images by a coin where the config says so"
+    if cfg.train.flip:
+        both = torch.stack([index, index + len(latents)], 1).view(-1, 1, 1, 2)
+        index = flips(both, first, stream(cfg.seed, f"flip{latents.bucket}"))[..., 0].flatten()
+    return latents.draw(index, first, cfg.seed)
+
 # %% ../nbs/50_train_loop.ipynb #379d489c
 def draw_batch(
     step: int,  # Optimiser step, from 0
-    images: ImageSet | Latents,  # What to train on
+    images: ImageSet | Latents | LatentBuckets,  # What to train on
     objective: Objective,  # Its density gives the timesteps
     cfg: Config,  # Reads seed, train.batch_size, train.flip
     device: torch.device = torch.device("cpu"),  # noqa: B008
@@ -304,7 +312,7 @@ class Loop:
     cfg: Config
     state: TrainState
     objective: Objective
-    images: ImageSet | Latents  # What to train on
+    images: ImageSet | Latents | LatentBuckets  # What to train on
     callbacks: list[Callback] = field(default_factory=list)
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     run: Any = None  # Run directory, if there is one

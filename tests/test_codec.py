@@ -16,6 +16,7 @@ from minsnr_nb.errors import ConfigError, MinsnrError
 from minsnr_nb.lab import build, load
 from minsnr_nb.record.checks import check_run
 from tests.runs import typed
+from tests.test_images import folder
 
 DATA = {"name": "shapes", "size": 8, "n": 40, "n_test": 12}
 VAE = {
@@ -174,7 +175,7 @@ def test_codec_sees_the_mirrored_pictures_of_a_training_on_pixels(home):
     upright = train_loop.clean_images(1, lab.train, unflipped).x0
     assert 0 < (pictures != upright).flatten(1).any(1).sum() < n
     mean, logvar = latents.codec.encode(pictures)
-    noise = train_loop.stream(0, "posterior").normal(n, latents.shape, first=n)
+    noise = train_loop.stream(0, "posterior").normal(n, latents.nominal, first=n)
     wanted = latents.scale.normalise(mean + (logvar / 2).exp() * noise)
     assert torch.equal(train_loop.clean_images(1, latents, lab.cfg).x0, wanted)
 
@@ -213,6 +214,102 @@ def test_codec_of_diffusers_trains_and_must_stay(kind, home):
     make().save_pretrained(folder)
     with pytest.raises(ConfigError, match="another autoencoder"):
         api.eval_run(run.path, device="cpu")
+
+
+# --- latents in buckets ---------------------------------------------------------------------------
+
+BUCKETS = {
+    "data": {"name": "image_folder", "path": "mixed", "resize": "bucket", "size": 16}
+    | {"step": 4, "fewest": 8},
+    "model": {"name": "unet", "ch": 8, "mult": [1, 2], "blocks": 1},
+    "train": NETWORK["train"] | {"steps": 6},
+    "eval": NETWORK["eval"] | {"every": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(home):
+    "A config for pictures of six shapes in the latents of local://tiny@1"
+    folder(home / "data/mixed")
+    return NETWORK | BUCKETS
+
+
+def test_codec_buckets_have_latents_of_their_own_shapes(home, mixed):
+    "Each step sees latents of one shape, of the pictures that a training on pixels would see"
+    lab = build(load(mixed).cfg, "cpu")
+    latents, n = lab.latents[0], lab.cfg.train.batch_size
+    shapes = set()
+    for step in range(8):
+        seen, taken = (train_loop.clean_images(step, x, lab.cfg) for x in (latents, lab.train))
+        mean, logvar = latents.codec.encode(taken.x0)
+        rng = train_loop.stream(0, f"posterior{taken.stream}")
+        noise = rng.normal(n, tuple(mean.shape[1:]), first=taken.first)
+        assert torch.equal(seen.x0, latents.scale.normalise(mean + (logvar / 2).exp() * noise))
+        assert torch.equal(seen.index, taken.index) and seen[2:] == taken[2:]
+        shapes.add(tuple(seen.x0.shape[1:]))
+    assert shapes == {(2, h // 2, w // 2) for h, w in lab.train.sides} and len(shapes) > 2
+
+
+def test_codec_buckets_train_to_the_same_bits_from_cache_directly_resumed_and_shared(
+    home, mixed, monkeypatch
+):
+    whole = api.train_run(mixed, device="cpu")
+    assert all(c.ok for c in check_run(whole.path))
+    half = api.train_run(mixed, overrides=("train.steps=3",), device="cpu")
+    on = api.continue_run(half.path, 6, device="cpu")
+    monkeypatch.setenv("MINSNR_LATENTS", "direct")
+    direct = api.train_run(mixed, device="cpu")
+    assert same(weights(whole), weights(direct)) and same(weights(whole), weights(on))
+    shards = mixed | {"train": mixed["train"] | {"shards": 2}}
+    one, two = (api.train_run(shards, device="cpu", processes=n) for n in (1, 2))
+    assert same(weights(one), weights(two))
+
+
+def test_codec_buckets_through_the_commands(home, mixed, capsys, tmp_path):
+    config = tmp_path / "mixed.yaml"
+    config.write_text(json.dumps(mixed))
+    said = typed(capsys, "cache", config).stdout
+    assert said.count("mixed.on") == said.count("digest") > 4 and "/train/16x16: " in said
+    again = typed(capsys, "cache", config, "--explain").stdout
+    assert not [x for x in again.splitlines() if x.split(": ")[1].split()[0] != x.split()[-3]], (
+        again
+    )
+    done = typed(capsys, "train", config)
+    run = done.stdout.split("RUN_DIR: ")[1].strip()
+    drawn = typed(capsys, "sample", run, "--n", 4)
+    assert (done.returncode, drawn.returncode) == (0, 0) and Path(drawn.stdout.strip()).is_file()
+    judged = typed(capsys, "eval", run)
+    assert judged.returncode == 0, judged.stderr
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("train", "mixed.yaml", "data.step=1"), "data.step: 1 is no multiple of 2"),
+        (("train", "mixed.yaml", "data.step=2"), "cannot take the bucket"),
+        (("train", "mixed.yaml", "data={name: image_folder, path: mixed, resize: cover, size: 16}"),
+         "looks at another part in every epoch"),
+        (("train", "mixed.yaml", "model={name: mlp}"), "'mlp' cannot take the bucket"),
+        (("vae", "train", "mixed_vae.yaml"), "an autoencoder is trained on one size"),
+    ],
+)  # fmt: skip
+def test_codec_buckets_wrong_requests_are_one_line(
+    words, said, home, mixed, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("mixed.yaml").write_text(json.dumps(mixed))
+    Path("mixed_vae.yaml").write_text(json.dumps(VAE | {"data": mixed["data"]}))
+    before = sorted(home.glob("runs/*/*"))
+    done = typed(capsys, *words)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert said in done.stderr and sorted(home.glob("runs/*/*")) == before
+
+
+def test_codec_learns_from_random_parts_of_pictures(home, mixed):
+    parts = mixed["data"] | {"resize": "cover"}
+    data = {k: v for k, v in parts.items() if k not in ("step", "fewest")}
+    run = api.train_run(VAE | {"data": data}, device="cpu", autoencoder=True)
+    assert all(c.ok for c in check_run(run.path))
 
 
 # --- the cache ------------------------------------------------------------------------------------

@@ -114,6 +114,13 @@ class Codec:
         "Decode raw latents, each one alone"
         return torch.cat([self.image(one) for one in z.split(1)]).clamp(-1, 1)
 
+    def at(
+        self,
+        image: tuple[int, int, int],  # Shape of other images, (C, H, W)
+    ) -> "Codec":
+        "The same codec for images of another size"
+        return replace(self, shape=_shaped(self.name, image, self.factor, self.shape[0]))
+
     def to(self, device: torch.device | str) -> "Codec":
         "Move the network to a device"
         self.network.to(device)

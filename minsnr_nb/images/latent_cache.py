@@ -43,7 +43,7 @@ def facts_of(
         "device": next(codec.network.parameters()).device.type,
         "codec_name": codec.name,
         "data": data,
-        "set": f"{latents.source.name}/{latents.source.split}",
+        "set": latents.title,
     }
 
 
