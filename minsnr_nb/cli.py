@@ -367,9 +367,11 @@ def _studied(rows: list[dict], sort: str | None) -> list[dict]:
 # %% ../nbs/73_cli.ipynb #344e208f
 def _short(row: dict, columns: list[str]) -> dict:
     "What a line of the list says about one run"
+    from minsnr_nb.config import settings_text
+
     out = {"run": os.path.relpath(row["path"]), "state": row["state"]}
     if "axes" in row:
-        out |= {"arm": row["arm"]} | row["axes"]
+        out |= {"arm": row["arm"]} | settings_text(row["axes"])
     if row["state"] == "unreadable":
         return out | {"loss": row["reason"][:60]}
     out |= {"step": f"{row['step']}/{row['total_steps']}", "loss": row["loss"], "seed": row["seed"]}
@@ -648,12 +650,13 @@ def _task(file: str, index: str, of: int, run_root: str | None) -> int:
 # %% ../nbs/73_cli.ipynb #a966bc01
 def _planned(file: str) -> int:
     "What a study would make, and what it would cost"
+    from minsnr_nb.config import settings_text
     from minsnr_nb.sweep.engine import cost_of
     from minsnr_nb.sweep.plan import read_plan
 
     plan = read_plan(file)
     rows = [
-        {"index": i, "trial": t.id, "arm": t.arm, "seed": t.pair} | t.axes
+        {"index": i, "trial": t.id, "arm": t.arm, "seed": t.pair} | settings_text(t.axes)
         for i, t in enumerate(plan.trials)
     ]
     _say(_columns(rows))

@@ -6,7 +6,7 @@
 __all__ = ['Positive', 'NonNegative', 'Fraction', 'PositiveInt', 'NonNegativeInt', 'Strict', 'Described', 'Lane', 'ScheduleLane',
            'LossLane', 'ObjectiveSection', 'OptimSection', 'TrainSection', 'EvalSection', 'Config', 'frozen',
            'mistakes', 'cross_problems', 'parse_override', 'Loaded', 'dump', 'config_sha256', 'load_config', 'leaves',
-           'config_diff']
+           'config_diff', 'setting_text', 'settings_text']
 
 # %% ../nbs/00_config.ipynb #5540f491
 import hashlib
@@ -608,3 +608,20 @@ def config_diff(
     flat = [leaves(p) for p in plain]
     rows = {k: tuple(f.get(k) for f in flat) for k in dict.fromkeys(k for f in flat for k in f)}
     return {k: v for k, v in rows.items() if any(x != v[0] for x in v)}
+
+# %% ../nbs/00_config.ipynb #e09a3ed5
+def setting_text(
+    value: Any,  # Of a key, or of a whole section
+) -> str:
+    "Write a setting for people"
+    if not isinstance(value, Mapping):
+        return str(value)
+    rest = ", ".join(f"{k}={v}" for k, v in value.items() if k != "name")
+    return " ".join(filter(None, (str(value.get("name", "")), rest)))
+
+
+def settings_text(
+    settings: Mapping[str, Any],  # Key -> value
+) -> dict[str, str]:
+    "Write several settings for people"
+    return {key: setting_text(value) for key, value in settings.items()}

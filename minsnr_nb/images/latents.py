@@ -8,7 +8,6 @@ __all__ = ['MEASURED_ON', 'Coded', 'Latents', 'measured_latents', 'LatentBuckets
 # %% ../../nbs/images/21_latents.ipynb #ce5c0199
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch

@@ -16,6 +16,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
+from ..config import settings_text
 from ..record.state import derive_state
 from ..settings import project_root, settings
 from .engine import SweepState, run_sweep
@@ -41,7 +42,8 @@ def trial_states(
     "Ask the run directories how far each trial is"
     states = {}
     for trial in plan.trials:
-        axes = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in trial.axes.items())
+        told = settings_text(trial.axes)
+        axes = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in told.items())
         run = claimed_run(home, trial.id)
         begun = run is not None and run.provenance_path.is_file()
         state = derive_state(run) if run is not None and begun else "waiting"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import frozen
+from ..config import frozen, settings_text
 from ..record.events import each_event
 from ..record.html import html_page, html_table, markup, png_tag
 from ..record.state import attempts_of
@@ -92,7 +92,7 @@ def prediction_lines(
     "Say whether what was expected came true"
     lines = []
     for q in questions:
-        at = "".join(f"{k} = {v}: " for k, v in q.axes.items())
+        at = "".join(f"{k} = {v}: " for k, v in settings_text(q.axes).items())
         for arm, how in held(sweep, q).items():
             said, found = sweep.expected[arm], q.arms[arm]["outcome"]
             lines.append(f"{at}`{arm}` was expected to be {said}, and is {found}: {how}.")
@@ -225,7 +225,7 @@ def _blocks(record: Mapping) -> Iterator[str]:
 # %% ../../nbs/sweep/16_report.ipynb #c7dd3e64
 def _question_blocks(sweep: Sweep, q: Question, curves: Mapping) -> Iterator[str]:
     "Figures and tables of one question"
-    title = ", ".join(f"{k} = {v}" for k, v in q.axes.items()) or "The question"
+    title = ", ".join(f"{k} = {v}" for k, v in settings_text(q.axes).items()) or "The question"
     yield markup("<h2>{{ title }}</h2>", title=title)
     yield png_tag(png(arms_figure(sweep, q)), "difference of every arm from the baseline")
     if arms := [a for a in q.arms if q.arms[a].get("levels") and a != AGAIN]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import config_diff
+from ..config import config_diff, settings_text
 from ..errors import ConfigError, MinsnrError
 from ..lab import load, schedule_of
 from ..objective import snr_bins
@@ -508,7 +508,7 @@ def sentences(
 # %% ../../nbs/sweep/12_verdict.ipynb #27751e4d
 def _sentence(sweep: Sweep, q: Question, name: str) -> str:
     "Say what was found about one arm"
-    arm, at = q.arms[name], "".join(f"{k} = {v}: " for k, v in q.axes.items())
+    arm, at = q.arms[name], "".join(f"{k} = {v}: " for k, v in settings_text(q.axes).items())
     words = {"arm": name, "base": sweep.baseline, "smallest": sweep.primary.smallest}
     text = f"{at}{_SAYS[arm['outcome']].format(**words)} by {sweep.primary.metric}"
     if arm["outcome"] == "inconclusive":
