@@ -151,22 +151,29 @@ def _vae(
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
     run_root: _Dir = None,  # train: where runs live; settings.ini has the default
     processes: _Number = 1,  # train: that share each step, as train.shards allows
+    promote: _Text = None,  # train: promote it under this name when it is done
     trust_code: _Hash = None,  # Accept the own code of a run, once you have read it
 ) -> None:
     "Train an autoencoder, or see what it loses: minsnr vae train CONFIG, minsnr vae recon RUN --image in.png"
     if what == "train":
-        from minsnr_nb.api import train_run
-
-        files, settings = _files(config, *overrides)
-        where: dict = {
-            "device": device,
-            "announce": announce,
-            "warn": _warn,
-            "processes": processes,
-        }
-        train_run(*files, overrides=settings, run_root=run_root, autoencoder=True, **where)
+        where = {"device": device, "run_root": run_root, "processes": processes}
+        _vae_trained([config, *overrides], promote, where)
     else:
         _vae_judged(what, config, overrides, image, out, weights, json, device)
+
+
+def _vae_trained(words: list[str], name: str | None, where: dict) -> None:
+    "Train an autoencoder, and promote it where a name is given"
+    from minsnr_nb.api import train_run
+    from minsnr_nb.record.promote import refuse_name
+
+    if name is not None:
+        refuse_name(name)
+    files, settings = _files(*words)
+    how: dict = {"announce": announce, "warn": _warn, "autoencoder": True} | where
+    run = train_run(*files, overrides=settings, **how)
+    if name is not None:
+        _promote(str(run.path), name)
 
 # %% ../nbs/73_cli.ipynb #d8849b74
 def _vae_judged(

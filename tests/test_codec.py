@@ -117,6 +117,7 @@ def test_codec_vae_eval_repeats_and_recon_takes_any_size(home, capsys, tmp_path)
         (("vae", "train", "vae.yaml", "loss.name=min_snr"), "loss: an autoencoder has none"),
         (("vae", "train", "vae.yaml", "data.size=9"), "images are 9x9; data.size=8 fits"),
         (("vae", "train", "vae.yaml", "codec.name=none"), "is nothing to train; kl_vae is"),
+        (("vae", "train", "vae.yaml", "--promote", "a b"), "letters, digits, '_' and '-' only"),
         (("train", "vae.yaml"), "has no weights; `minsnr vae train` first"),
         (("train", "net.yaml", "codec.name=local://tiny@2"), "no such version"),
         (("train", "net.yaml", "codec.name=local://tiny"), "no codec"),
@@ -305,11 +306,13 @@ def test_codec_buckets_wrong_requests_are_one_line(
     assert said in done.stderr and sorted(home.glob("runs/*/*")) == before
 
 
-def test_codec_learns_from_random_parts_of_pictures(home, mixed):
+def test_codec_learns_from_random_parts_of_pictures_and_is_promoted(home, mixed, capsys, tmp_path):
     parts = mixed["data"] | {"resize": "cover"}
     data = {k: v for k, v in parts.items() if k not in ("step", "fewest")}
-    run = api.train_run(VAE | {"data": data}, device="cpu", autoencoder=True)
-    assert all(c.ok for c in check_run(run.path))
+    (tmp_path / "vae.yaml").write_text(json.dumps(VAE | {"data": data}))
+    done = typed(capsys, "vae", "train", tmp_path / "vae.yaml", "--promote", "parts")
+    assert done.returncode == 0 and "local://parts@1" in done.stdout
+    assert all(c.ok for c in check_run(done.stdout.split("RUN_DIR: ")[1].split("\n")[0]))
 
 
 # --- the cache ------------------------------------------------------------------------------------

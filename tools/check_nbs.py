@@ -18,7 +18,7 @@ from pathlib import Path
 from _report import FOLDERS, PLAIN, main, module_of, pages
 
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
-MAX_BYTES, MAX_CELLS, MAX_TOP = 300_000, 120, 33
+MAX_BYTES, MAX_CELLS, MAX_TOP = 300_000, 120, 32
 MIN_PROSE = (
     0.3  # markdown cells for each cell of code; a cell that holds only a heading does not count
 )
@@ -156,7 +156,7 @@ def exported(root: Path) -> Iterator[str]:
 
 def findings(root: Path) -> Iterator[str]:
     paths, seen = pages(root), {}
-    top = [p for p in paths if p.parent == Path(".")]
+    top = [p for p in paths if p.parent == Path(".") and not p.name.startswith("study_")]
     if len(top) > MAX_TOP:
         yield f"nbs: {len(top)} pages at the top; at most {MAX_TOP}, the rest belongs into a wing"
     if not paths:
