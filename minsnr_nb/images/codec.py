@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from math import gcd, log2
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -120,6 +121,12 @@ class Codec:
     ) -> "Codec":
         "The same codec for images of another size"
         return replace(self, shape=_shaped(self.name, image, self.factor, self.shape[0]))
+
+    @property
+    def device(self) -> torch.device:
+        "Where it computes"
+        held = chain(self.network.parameters(), self.network.buffers())
+        return next((x.device for x in held), torch.device("cpu"))
 
     def to(self, device: torch.device | str) -> "Codec":
         "Move the network to a device"

@@ -40,7 +40,7 @@ def facts_of(
         "resolution": list(latents.source.shape),
         "latent": list(codec.shape),
         "torch": torch.__version__,
-        "device": next(codec.network.parameters()).device.type,
+        "device": codec.device.type,
         "codec_name": codec.name,
         "data": data,
         "set": latents.title,

@@ -42,8 +42,7 @@ class Coded:
         x: Tensor,  # Normalised latents, (B, C, h, w)
     ) -> Tensor:  # (B, C, H, W), in [-1, 1], on the CPU
         "Decode what a network has made"
-        device = next(self.codec.network.parameters()).device
-        return self.codec.decode(self.scale.restore(x.to(device))).cpu()
+        return self.codec.decode(self.scale.restore(x.to(self.codec.device))).cpu()
 
     def ready(self) -> None:
         "Fill the cache now, not in the middle of a training"

@@ -142,8 +142,7 @@ def reconstruction(
 ) -> tuple[Tensor, dict[str, float]]:  # What comes back, like `image`, and numbers about it
     "Send a picture through a codec"
     high, wide = image.shape[2:]
-    device = next(codec.network.parameters()).device
-    mean, logvar = codec.encode(padded(image, codec.factor).to(device))
+    mean, logvar = codec.encode(padded(image, codec.factor).to(codec.device))
     back = codec.decode(mean).cpu()[..., :high, :wide]
     scale = measure([(mean, logvar)])
     out = {k.removeprefix("eval/"): v for k, v in rebuilt_values(image, back).items()}
