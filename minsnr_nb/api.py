@@ -72,6 +72,7 @@ from minsnr_nb.runner import (
     new_run,
     quiet,
     refuse_other_data,
+    refuse_places,
     run_to_end,
     switches,
     tell_papermill,
@@ -125,6 +126,7 @@ def train_run(
     loaded = for_training(load(*sources, overrides=overrides))
     for file in runs:
         refuse_elsewhere(loaded.cfg, file)
+    refuse_places(loaded.cfg)
     refuse_processes(loaded.cfg.train, processes)
     lab = _shareable(build(loaded.cfg, device), processes)
     _meant(lab, autoencoder)
