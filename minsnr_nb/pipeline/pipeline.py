@@ -179,7 +179,7 @@ def sample(
     "Draw samples"
     how: dict[str, Any] = {"batch_size": self.batch_size, "device": self.device}
     about = (self.denoise, self.schedule, self.room(size), n, stream(seed, "sample"))
-    return Strip(self.decode(_draw(self.sampler, *about, **how)), ncols or squarish(n))
+    return Strip(self.decode(draw_images(self.sampler, *about, **how)), ncols or squarish(n))
 
 # %% ../../nbs/pipeline/11_pipeline.ipynb #a94c56b9
 @patch
