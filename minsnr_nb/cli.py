@@ -322,7 +322,8 @@ def _picture(
     file, values = draw_picture(run, act, files, n, seed, levels, hole, **how)
     if json:
         return _say(_as_json({"picture": str(file), "values": values}))
-    _say(_columns([{"": k, "dB": f"{v:.2f}"} for k, v in values.items()]) or act)
+    if values:
+        _say(_columns([{"": k, "dB": f"{v:.2f}"} for k, v in values.items()]))
     _say(file)
 
 # %% ../nbs/73_cli.ipynb #e6a568fc
