@@ -554,12 +554,14 @@ def _checkpoint(path: Path, weights: str) -> tuple[Path, str]:
     return path, weights
 
 # %% ../nbs/72_api.ipynb #fd601d48
-def _refuse_numbers(n: int, seed: int, ncols: int | None = None) -> None:
+def _refuse_numbers(n: int, seed: int, ncols: int | None = None, steps: int | None = None) -> None:
     "Refuse numbers that no picture has"
     if n < 1 or not 0 <= seed < 1 << 32:
         raise ConfigError(f"n={n}, seed={seed}: n must be at least 1 and 0 <= seed < 2**32")
     if ncols is not None and not 1 <= ncols <= n:
         raise ConfigError(f"grid={ncols}: between 1 and the number of pictures, {n}")
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps={steps}: at least 1")
 
 
 def _looks(it: _Source, size: tuple[int, int] | None, ncols: int | None) -> dict:
@@ -900,6 +902,14 @@ def open_pipeline(
     "Make a pipeline of a run, a promoted model or a checkpoint"
     return _source(name, weights, tuple(overrides), device, models).pipeline
 
+# %% ../nbs/72_api.ipynb #e5efe1d5
+def _file(flag: str, name: str | Path) -> bytes:
+    "Read a picture's file that somebody has named"
+    try:
+        return read_plain(name, MAX_INFLATED, follow=True)
+    except MinsnrError as e:
+        raise ConfigError(f"{flag}: {e}") from None
+
 # %% ../nbs/72_api.ipynb #63540225
 def _pictures(
     it: _Source,
@@ -916,7 +926,7 @@ def _pictures(
             own = "{}x{}".format(*found.shape[2:])
             raise ConfigError(f"--size: needs --image; the run's own pictures are {own}")
         return found, {"split": split, "n": len(found), "sha256": data.sha256}
-    bytes_of = [read_plain(file, MAX_INFLATED, follow=True) for file in files]
+    bytes_of = [_file("--image", file) for file in files]
     channels = it.lab.train.nominal[0]
     read = [read_image(b, str(f), channels, size) for b, f in zip(bytes_of, files, strict=True)]
     if len({picture.shape for picture in read}) > 1:
@@ -963,8 +973,8 @@ def _hole(
     "Read which pixels are to be painted"
     if not Path(where).suffix:
         return hole(where, high, wide), where
-    data = read_plain(where, MAX_INFLATED, follow=True)
-    mask = torch.from_numpy(read_image(data, where, 1)[0])
+    data = _file("--hole", where)
+    mask = torch.from_numpy(read_image(data, where, 1)[0].copy())
     if mask.shape != (high, wide):
         sides = "{}x{}".format(*mask.shape)
         raise ConfigError(f"--hole: {where} has {sides} pixels, the pictures have {high}x{wide}")
@@ -1019,7 +1029,7 @@ def draw_picture(
 ) -> tuple[Path, dict[str, float]]:  # The picture, and what was measured, in decibels
     "Draw what a pipeline does, and leave a record of it in the run"
     refuse_words(act, t, where, None, files)
-    _refuse_numbers(n, seed)
+    _refuse_numbers(n, seed, steps=steps)
     it, how = _source(name, weights, tuple(overrides), device, models), {"files": files, "n": n}
     how |= {"seed": seed, "t": t, "where": where, "size": size, "steps": steps, "split": split}
     with threads(it.run.threads() if it.run else 0), switches(it.own.train):
