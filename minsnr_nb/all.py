@@ -6,6 +6,7 @@ from minsnr_nb.api import (
     eval_run,
     fork_run,
     load_network,
+    open_pipeline,
     recon,
     resume_run,
     sample_run,
@@ -25,6 +26,7 @@ from minsnr_nb.lab import LANES, Lab, build, load
 from minsnr_nb.metrics import METRICS
 from minsnr_nb.minsnr_loss import WEIGHTINGS, loss_weight
 from minsnr_nb.objective import DENSITIES, Objective, make_objective, probe_loss, snr_bins
+from minsnr_nb.pipeline.pipeline import Pipeline, Strip
 from minsnr_nb.record.index import runs_df
 from minsnr_nb.record.checks import check_run
 from minsnr_nb.record.directory import Run, list_runs, open_run
@@ -43,10 +45,10 @@ from minsnr_nb.unet import MODELS
 __all__ = [
     "CALLBACKS", "CODECS", "Callback", "Config", "ConfigError", "DATASETS", "DENSITIES", "Evaluator", "Gaussian",
     "GaussianMixture", "ImageSet", "LANES", "Lab", "Loop", "METRICS", "MODELS", "MinsnrError",
-    "NoiseSchedule", "Objective", "Run", "SAMPLERS", "SCHEDULES", "Stream", "UNCERTAINTIES", "WEIGHTINGS", "WRAPPERS",
+    "NoiseSchedule", "Objective", "Pipeline", "Run", "SAMPLERS", "SCHEDULES", "Stream", "Strip", "UNCERTAINTIES", "WEIGHTINGS", "WRAPPERS",
     "add_noise", "build", "cache_latents", "check_run", "compare", "continue_run", "convert", "curves", "denoiser",
     "eps_from", "eval_run", "explore", "fork_run", "history", "image_grid", "list_runs", "load", "load_network", "loss_weight",
-    "make_objective", "open_run", "pixels", "probe_loss", "read_events", "recon", "report", "resume_run", "run_grid", "run_seeds",
+    "make_objective", "open_pipeline", "open_run", "pixels", "probe_loss", "read_events", "recon", "report", "resume_run", "run_grid", "run_seeds",
     "run_study", "run_sweep", "runs_df", "sample", "sample_run", "sentences", "side_by_side", "snr_bins", "stream", "to_frame", "train",
     "train_run", "verdict", "verdict_of", "x0_from", "zero_terminal_snr",
 ]  # fmt: skip

@@ -85,6 +85,11 @@ _Target = Annotated[Literal["x0", "eps", "v", "u", "F"], {"choices": _TARGETS, "
 _Lane = Annotated[str | None, {"opt": False, "nargs": "?"}]
 _Column = Annotated[str | None, {"metavar": "KEY"}]
 _Number = Annotated[int, {"metavar": "N"}]
+_Steps = Annotated[int | None, {"metavar": "N", "type": int}]
+_Columns = Annotated[int | None, {"metavar": "COLUMNS", "type": int}]
+_HxW = Annotated[str | None, {"metavar": "HxW"}]
+_Levels = Annotated[list[int] | None, {"metavar": "LEVEL", "nargs": "+", "type": int}]
+_Files = Annotated[list[str] | None, {"metavar": "FILE", "action": "append", "type": str}]
 
 # %% ../nbs/73_cli.ipynb #dd27359a
 @_verb("train")
@@ -253,18 +258,23 @@ def _sample(
     n: int = 64,  # How many
     seed: int = 0,  # Of the noise they start from
     save_predictions: bool = False,  # As arrays, at most 64
-    size: Annotated[str | None, {"metavar": "HxW"}] = None,  # Of a model's images, as a check
+    sampler: _Text = None,  # Another one than the config's, with its own keys
+    steps: _Steps = None,  # Of the sampler
+    size: _HxW = None,  # Of each image, if the network takes it; as trained when not given
+    grid: _Columns = None,  # Images in a row; about a square when not given
     out: Annotated[str, {"metavar": "DIR"}] = ".",  # Where a model's picture goes
     weights: _Average = "last",  # Which averaged weights; ema_0.2 is made from snapshots
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
     trust_code: _Hash = None,  # Accept the run's own code, once you have read it
 ) -> None:
-    "Draw a grid of samples: minsnr sample RUN --n 64 --seed 1, or minsnr sample local://NAME"
+    "Draw a grid of samples: minsnr sample RUN|local://NAME --n 64 [--sampler heun --steps 20] [--size 32x48] [--grid 8]"
     from minsnr_nb.api import sample_model, sample_run
 
+    overrides = _sampler_keys(overrides, sampler, steps)
     how: dict = {"n": n, "seed": seed, "overrides": overrides, "device": device}
+    how |= {"size": _size(size) if size else None, "ncols": grid}
     if run.startswith("local://"):
-        _say(sample_model(run, size=_size(size) if size else None, out=out, **how))
+        _say(sample_model(run, out=out, **how))
     else:
         save: dict = {"save_predictions": save_predictions, "weights": weights}
         _say(sample_run(run, warn=_warn, **how, **save))
@@ -276,6 +286,52 @@ def _size(text: str) -> tuple[int, int]:
     if not (height.isdigit() and (width or height).isdigit()):
         raise ConfigError(f"--size {text!r}: written as 32 or as 32x48, height first")
     return int(height), int(width or height)
+
+# %% ../nbs/73_cli.ipynb #51ed3aad
+def _sampler_keys(overrides: tuple, sampler: str | None, steps: int | None) -> tuple[str, ...]:
+    "Add the flags of a sampler to the settings of a command"
+    named = [f"sampler.name={sampler}"] if sampler else []
+    return (*named, *overrides, *([f"sampler.steps={steps}"] if steps is not None else []))
+
+# %% ../nbs/73_cli.ipynb #fe918c78
+_Act = Annotated[str, {"metavar": "reconstruct|interpolate|invert|trajectory|inpaint"}]
+
+
+@_verb("picture")
+def _picture(
+    run: _Run,  # Run directory, id, beginning of an id, or local://NAME
+    act: _Act,  # What to do
+    *overrides: _Pair,  # Settings of the sampler
+    image: _Files = None,  # Picture to start from, may be repeated; the run's own when not given
+    n: int = 4,  # Rows, without --image
+    seed: int = 0,  # Of all noise
+    t: _Levels = None,  # Noise levels; reconstruct takes several
+    hole: Annotated[str | None, {"metavar": "NAME|FILE"}] = None,  # inpaint: centre, left, …
+    split: Annotated[str, {"choices": ["test", "train"]}] = "test",  # Of the run's own pictures
+    sampler: _Text = None,  # Another one than the config's, with its own keys
+    steps: _Steps = None,  # Of the sampler, or of the way up to noise
+    size: _HxW = None,  # Of the pictures, if the network takes it
+    out: _Dir = None,  # Instead of the run; a model's pictures go to .
+    weights: _Average = "last",  # last, best, a checkpoint (step_000000012), ema_0.2
+    json: bool = False,  # For scripts
+    device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
+    trust_code: _Hash = None,  # Accept the run's own code, once you have read it
+) -> None:
+    "Show what a network does to pictures: minsnr picture RUN reconstruct|interpolate|invert|trajectory|inpaint"
+    from minsnr_nb.api import draw_picture, refuse_words
+
+    files, levels = tuple(image or ()), tuple(t or ())
+    refuse_words(act, levels, hole, sampler, files)
+    up = act == "invert" or (act == "interpolate" and files)  # steps of the way, not of the sampler
+    how: dict = {"overrides": _sampler_keys(overrides, sampler, None if up else steps)}
+    how |= {"size": _size(size) if size else None, "steps": steps if up else None, "warn": _warn}
+    how |= {"split": split, "weights": weights, "device": device, "out": out}
+    file, values = draw_picture(run, act, files, n, seed, levels, hole, **how)
+    if json:
+        return _say(_as_json({"picture": str(file), "values": values}))
+    if values:
+        _say(_columns([{"": k, "dB": f"{v:.2f}"} for k, v in values.items()]))
+    _say(file)
 
 # %% ../nbs/73_cli.ipynb #e6a568fc
 @_verb("smoke")

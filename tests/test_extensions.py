@@ -474,6 +474,7 @@ EXECUTES = {  # verb -> words after it; {run} is a stranger's run, {model} its p
     "promote": ["{run}", "stolen"],
     "cache": ["{run}/config.resolved.yaml"],
     "vae": ["eval", "{run}"],
+    "picture": ["{run}", "invert", "--n", "2"],
 }
 READS = {
     "check": ["{run}"],
