@@ -27,7 +27,7 @@ from torch import nn
 from .checkpoint import restore, save_checkpoint
 from .record.generations import CheckpointError, find_checkpoint
 from .config import Config, Lane, config_diff
-from .errors import ConfigError, MinsnrError
+from .errors import ConfigError, MinsnrError, nearest
 from .vae.autoencoder import difference_map, reconstruction
 from .durable import claim, desk, digest, make_dir, put_new, sha256
 from .ema import mix_of_snapshots
@@ -41,7 +41,7 @@ from minsnr_nb.record.evaluations import (
 )
 from .record.events import EventLog, printed, read_events
 from .guard import MAX_INFLATED, places_in, read_plain, tensor_bytes, weights_facts
-from .data import pixels
+from .data import pixels, safe_name
 from .images.codec import CARD, Codec, codec_card, kl_codec
 from .images.files import read_image
 from .images.latent_cache import Store, collect_garbage, explain
@@ -469,6 +469,7 @@ def sample_run(
     device: str | None = None,
     save_predictions: bool = False,  # Store arrays, at most 64, not only a picture
     warn: Callable[[str], None] = quiet,  # Called with lines a person should see
+    kind: str | int | None = None,  # One class, by name or number; all in turn when None
 ) -> Path:  # The picture, or the stored set, inside the run
     "Draw a grid of samples and leave a record of it"
     if n < 1 or not 0 <= seed < 1 << 32:
@@ -483,8 +484,9 @@ def sample_run(
         _only(("sampler",), cfg, asked)
         lab = build(asked, device)
     with threads(run.threads()), switches(cfg.train):
-        images = lab.evaluator.draw(model, n, seed=seed)
-    step, draw = _weights_step(run, weights), {"n": n, "seed": seed}
+        label, of = _class_of(lab, kind)
+        images = lab.evaluator.draw(model, n, seed=seed, label=label)
+    step, draw = _weights_step(run, weights), {"n": n, "seed": seed} | of
     decides = decided(lab.cfg, model, step, lab.device, cfg, weights, draw)
     picture = run.grids / f"sample_{weights}{step}_{_drawn(lab.cfg, decides)}"
     if save_predictions:
@@ -492,12 +494,32 @@ def sample_run(
     store = _set(run, lab, images, decides) if save_predictions else lambda: []
     return _keep_samples(run, decides, picture, png(_grid(images)), store, warn)
 
+# %% ../nbs/72_api.ipynb #33a079de
+def _class_of(lab: Lab, kind: str | int | None) -> tuple[int | None, dict]:
+    "The label of a class, and what a record says of it"
+    if kind is None:
+        return None, {}
+    names = lab.train.classes
+    if not lab.cfg.model.classes:
+        told = "this network was not told classes; model.classes=true trains one that is"
+        raise ConfigError(f"--class {kind}: {told}")
+    number = int(kind) if str(kind).isdecimal() and len(str(kind)) < 10 else len(names)
+    if str(kind) not in names and number >= len(names):
+        raise ConfigError(
+            f"--class {kind!r}: the data has no such class" + nearest(str(kind), names)
+        )
+    label = names.index(str(kind)) if str(kind) in names else number
+    return label, {"class": names[label]}
+
 # %% ../nbs/72_api.ipynb #8ad6e9c2
 def _drawn(cfg: Config, decides: dict) -> str:
     "Name a picture by everything that decides it, the last part as a digest"
     draw, steps = decides["draw"], cfg.sampler.keywords.get("steps", "")
-    short = evaluation_id(decides)[:8]
-    return f"{cfg.sampler.name}{steps}_seed{draw['seed']}_n{draw['n']}_{short}.png"
+    short, of = (
+        evaluation_id(decides)[:8],
+        f"_{safe_name(draw['class'])}" if "class" in draw else "",
+    )
+    return f"{cfg.sampler.name}{steps}{of}_seed{draw['seed']}_n{draw['n']}_{short}.png"
 
 
 def _grid(images: torch.Tensor) -> np.ndarray:
@@ -511,7 +533,8 @@ def _set(run: Run, lab: Lab, images: torch.Tensor, decides: dict) -> Callable[[]
     file = run.checkpoints_dir / f"{weights['slot']}.safetensors"
     whose = sha256(file) if file.is_file() else weights["sha256"]  # made from snapshots: no file
     about = {"step": weights["step"], "weights": weights["slot"], "weights_sha256": whose}
-    about |= {"sampler": {"name": sampler.name} | sampler.keywords, "seed": decides["draw"]["seed"]}
+    of = {k: v for k, v in decides["draw"].items() if k == "class"}
+    about |= {"sampler": sampler.model_dump(mode="json") | of, "seed": decides["draw"]["seed"]}
     return lambda: [store_samples(run, images, **about)]
 
 # %% ../nbs/72_api.ipynb #204d4b86
@@ -630,6 +653,7 @@ def promote_run(
     if lab.autoencoder:
         refuse_other_data(run, lab)
         how["extra"] = {CARD: _codec_card(network, lab).encode()}
+    how["classes"] = lab.train.classes if lab.cfg.model.classes else ()
     step = _weights_step(run, weights)
     return promote(run, name, root, shape=lab.train.nominal, step=step, **how)
 
@@ -671,6 +695,7 @@ def sample_model(
     overrides: tuple[str, ...] = (),  # In the section `sampler`
     device: str | None = None,
     models: str | Path | None = None,
+    kind: str | int | None = None,  # One class, by name or number; all in turn when None
 ) -> Path:  # The picture
     "Draw a grid of samples from a promoted model"
     model, network, lab, cfg = _opened(address, ("sampler",), overrides, device, models)
@@ -680,8 +705,9 @@ def sample_model(
         raise ConfigError(f"{address}: makes images of {height}x{width}, not {asked}")
     if lab.autoencoder:
         raise ConfigError(f"{address}: is an autoencoder; `minsnr vae recon` shows what it does")
-    images = lab.evaluator.draw(network, n, seed=seed)
-    decides = _decided(model, network, lab, cfg, {"n": n, "seed": seed})
+    label, of = _class_of(lab, kind)
+    images = lab.evaluator.draw(network, n, seed=seed, label=label)
+    decides = _decided(model, network, lab, cfg, {"n": n, "seed": seed} | of)
     name = f"{model.card['name']}-{model.card['version']}_{_drawn(lab.cfg, decides)}"
     return save_png(_grid(images), Path(out) / name)
 

@@ -247,6 +247,7 @@ def _sample(
     seed: int = 0,  # Of the noise they start from
     save_predictions: bool = False,  # As arrays, at most 64
     size: Annotated[str | None, {"metavar": "HxW"}] = None,  # Of a model's images, as a check
+    Class: _Text = None,  # Of all samples: a name or a number; without it, all in turn
     out: Annotated[str, {"metavar": "DIR"}] = ".",  # Where a model's picture goes
     weights: _Average = "last",  # Which averaged weights; ema_0.2 is made from snapshots
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
@@ -255,7 +256,7 @@ def _sample(
     "Draw a grid of samples: minsnr sample RUN --n 64 --seed 1, or minsnr sample local://NAME"
     from minsnr_nb.api import sample_model, sample_run
 
-    how: dict = {"n": n, "seed": seed, "overrides": overrides, "device": device}
+    how: dict = {"n": n, "seed": seed, "overrides": overrides, "device": device, "kind": Class}
     if run.startswith("local://"):
         _say(sample_model(run, size=_size(size) if size else None, out=out, **how))
     else:
