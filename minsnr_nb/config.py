@@ -92,6 +92,8 @@ _Share = Annotated[float, Ge(0), Lt(1)]
 class ModelLane(Lane):
     "Network, and whether it is told the class of an image"
 
+    name: str = "mlp"
+    "Entry of the lane"
     classes: Annotated[bool, Field(exclude_if=operator.not_)] = False
     "Whether the network reads the class of an image"
     drop: Annotated[_Share | None, Field(exclude_if=_absent)] = None
@@ -108,6 +110,8 @@ class ModelLane(Lane):
 class SamplerLane(Lane):
     "Sampler, and how strongly it follows a class"
 
+    name: str = "ddim"
+    "Entry of the lane"
     guidance: Annotated[NonNegative, Field(exclude_if=_one)] = 1.0
     "Factor on what a class changes in the answer; 1: the answer for the class alone"
     interval: Annotated[tuple[float, float] | None, Field(exclude_if=_absent)] = None
@@ -216,7 +220,7 @@ class Config(BaseModel):
     "How timesteps are drawn"
     uncertainty: Lane = Lane(name="none")
     "Weight learned per noise level"
-    model: ModelLane = ModelLane(name="mlp")
+    model: ModelLane = ModelLane()
     "Network"
     ema: Lane = Lane(name="ema")
     "Averaged copy of the network"
@@ -224,7 +228,7 @@ class Config(BaseModel):
     "Optimiser"
     train: TrainSection = TrainSection()
     "Length, batch, precision and rhythm"
-    sampler: SamplerLane = SamplerLane(name="ddim")
+    sampler: SamplerLane = SamplerLane()
     "How samples are drawn"
     metrics: tuple[Lane, ...] = _lanes("fd", "kid")
     "What is measured on samples"
