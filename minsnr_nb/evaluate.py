@@ -143,8 +143,7 @@ class Evaluator:
         size: dict[str, Any] = {"n_bins": self.cfg.probe_bins, "draws": self.cfg.probe_draws}
         size["sigma_data"] = self.sigma_data
         how = self.schedule, self.prediction, stream(self.seed, "probe")
-        sets = self.asked()
-        pairs = zip(sets, self.asked_labels(), strict=True)
+        pairs = zip(sets := self.asked(), self.asked_labels(), strict=True)
         found = [probe_loss(model, x, *how, labels=of, **size) for x, of in pairs]
         return found[0] if len(found) == 1 else join_probes(found, [*map(len, sets)])
 

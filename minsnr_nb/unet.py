@@ -75,7 +75,7 @@ def zero(
 def time_embedding(
     features: int,  # Width of the sinusoid
     width: int,  # Width of the result
-) -> nn.Module:  # (B,) -> (B, width)
+) -> nn.Sequential:  # (B,) -> (B, width)
     "Make the part that turns `t` into what the blocks read"
     first, second = init(nn.Linear(features, width)), init(nn.Linear(width, width))
     return nn.Sequential(Sinusoid(features), first, nn.SiLU(), second, nn.SiLU())
@@ -220,7 +220,7 @@ class ResBlock(nn.Module):
 class Heads(NamedTuple):
     "How pixels look at each other"
 
-    count: int = 1  # Parts of the channels that attend on their own
+    parts: int = 1  # Of the channels, which attend on their own
     norm: bool = False  # Whether queries and keys are divided by their root mean square
 
 # %% ../nbs/40_unet.ipynb #79f5720c
@@ -233,11 +233,11 @@ class Attention(nn.Module):
         heads: Heads = Heads(),  # noqa: B008
     ):
         super().__init__()
-        if ch % heads.count:
-            raise ConfigError(f"model.heads: {heads.count} does not divide {ch} channels")
-        self.norm, self.heads = group_norm(ch), heads.count
+        if ch % heads.parts:
+            raise ConfigError(f"model.heads: {heads.parts} does not divide {ch} channels")
+        self.norm, self.heads = group_norm(ch), heads.parts
         self.qkv, self.out = init(nn.Linear(ch, 3 * ch)), zero(nn.Linear(ch, ch))
-        rms = lambda: nn.RMSNorm(ch // heads.count) if heads.norm else nn.Identity()  # noqa: E731
+        rms = lambda: nn.RMSNorm(ch // heads.parts) if heads.norm else nn.Identity()  # noqa: E731
         self.q_norm, self.k_norm = rms(), rms()
 
     def apart(self, x: Tensor) -> Tensor:
