@@ -41,7 +41,7 @@ from minsnr_nb.record.evaluations import (
 )
 from .record.events import EventLog, printed, read_events
 from .guard import MAX_INFLATED, places_in, read_plain, tensor_bytes, weights_facts
-from .data import BucketSet, pixels
+from .data import BucketSet, pixels, safe_name
 from .images.codec import CARD, Codec, codec_card, kl_codec
 from .images.files import read_image
 from .images.latent_cache import Store, collect_garbage, explain
@@ -60,7 +60,8 @@ from .checkpoint import store_samples
 from .record.promote import Model, find_model, promote
 from .record.repro import verify
 from .pipeline.pipeline import Pipeline, Strip, hole, squarish
-from .samplers import denoiser
+from .pipeline.steering import under
+from .samplers import denoiser, guided
 from .settings import project_root, settings
 from .guard import inside
 from .processes.shards import refuse_processes
@@ -499,6 +500,12 @@ class _Source(NamedTuple):
     step: int  # At which the weights were saved
     slot: str  # Which weights, or which model
     run: Run | None = None
+    kind: str | int | None = None  # Class of the pictures, as somebody named it
+
+    @property
+    def of(self) -> dict:
+        "What a record says of the class"
+        return _class_of(self.lab, self.kind)[1]
 
     @property
     def label(self) -> str:
@@ -519,7 +526,11 @@ class _Source(NamedTuple):
         ask = judge.schedule.to(lab.device), judge.prediction, judge.sigma_data
         codec = lab.latents[1].codec if lab.latents else None
         about = judge.schedule, judge.sampler, lab.train.nominal, codec, lab.device
-        return Pipeline(denoiser(self.network, *ask), *about, lab.cfg.eval.batch_size)
+        denoise = denoiser(self.network, *ask)
+        if judge.classes:
+            how = judge.guidance, judge.interval
+            denoise = under(guided(denoise, ask[0], *how), _class_of(lab, self.kind)[0])
+        return Pipeline(denoise, *about, lab.cfg.eval.batch_size)
 
 # %% ../nbs/72_api.ipynb #4e1e1ee5
 def _source(
@@ -528,12 +539,13 @@ def _source(
     overrides: tuple,  # In the section `sampler`
     device: str | None,
     models: Any = None,
+    kind: str | int | None = None,  # A class
 ) -> _Source:
     "Open what makes pictures"
     if str(name).startswith("local://"):
         model, network, lab, cfg = _opened(str(name), ("sampler",), overrides, device, models)
         slot = f"local://{model.card['name']}@{model.card['version']}"
-        found = _Source(network, lab, cfg, model.card["step"], slot)
+        found = _Source(network, lab, cfg, model.card["step"], slot, None, kind)
     else:
         path, weights = _checkpoint(Path(name).absolute(), weights)
         run = open_run(path)
@@ -543,9 +555,10 @@ def _source(
             asked = load(run.config_path, overrides=overrides).cfg
             _only(("sampler",), cfg, asked)
             lab = build(asked, device)
-        found = _Source(network, lab, cfg, _weights_step(run, weights), weights, run)
+        found = _Source(network, lab, cfg, _weights_step(run, weights), weights, run, kind)
     if found.lab.autoencoder:
         raise ConfigError(f"{name}: is an autoencoder; `minsnr vae recon` shows what it does")
+    _class_of(found.lab, kind)
     return found
 
 
@@ -577,9 +590,14 @@ def _looks(it: _Source, size: tuple[int, int] | None, ncols: int | None) -> dict
 
 def _samples(it: _Source, draw: dict) -> torch.Tensor:
     "Draw samples, of another size when that is asked for"
+    judge, (label, _) = it.lab.evaluator, _class_of(it.lab, it.kind)
     if "size" in draw:
-        return it.pipeline.sample(draw["n"], seed=draw["seed"], size=tuple(draw["size"])).images
-    return it.lab.evaluator.draw(it.network, draw["n"], seed=draw["seed"])
+        how = {
+            "size": tuple(draw["size"]),
+            "labels": judge.drawn_labels(judge.train, draw["n"], label),
+        }
+        return it.pipeline.sample(draw["n"], seed=draw["seed"], **how).images
+    return judge.draw(it.network, draw["n"], seed=draw["seed"], label=label)
 
 # %% ../nbs/72_api.ipynb #6e1a515a
 def sample_run(
@@ -593,11 +611,12 @@ def sample_run(
     warn: Callable[[str], None] = quiet,  # Called with lines a person should see
     size: tuple[int, int] | None = None,  # (H, W) of each image; None: as trained
     ncols: int | None = None,  # Images in a row of the picture; None: about a square
+    kind: str | int | None = None,  # One class, by name or number; all in turn when None
 ) -> Path:  # The picture, or the stored set, inside the run
     "Draw a grid of samples and leave a record of it"
     _refuse_numbers(n, seed, ncols)
-    it = _source(path, weights, overrides, device)
-    run, draw = it.run, {"n": n, "seed": seed} | _looks(it, size, ncols)
+    it = _source(path, weights, overrides, device, kind=kind)
+    run, draw = it.run, {"n": n, "seed": seed} | it.of | _looks(it, size, ncols)
     assert run is not None
     with threads(run.threads()), switches(it.own.train):
         images = _samples(it, draw)
@@ -608,13 +627,32 @@ def sample_run(
     store = _set(run, it.lab, images, decides) if save_predictions else lambda: []
     return _keep_samples(run, decides, picture, sheet, store, warn)
 
+# %% ../nbs/72_api.ipynb #33a079de
+def _class_of(lab: Lab, kind: str | int | None) -> tuple[int | None, dict]:
+    "The label of a class, and what a record says of it"
+    if kind is None:
+        return None, {}
+    names = lab.train.classes
+    if not lab.cfg.model.classes:
+        told = "this network was not told classes; model.classes=true trains one that is"
+        raise ConfigError(f"--class {kind}: {told}")
+    number = int(kind) if str(kind).isdecimal() and len(str(kind)) < 10 else len(names)
+    if str(kind) not in names and number >= len(names):
+        raise ConfigError(
+            f"--class {kind!r}: the data has no such class" + nearest(str(kind), names)
+        )
+    label = names.index(str(kind)) if str(kind) in names else number
+    return label, {"class": names[label]}
+
 # %% ../nbs/72_api.ipynb #8ad6e9c2
 def _drawn(cfg: Config, decides: dict) -> str:
     "Name a picture by everything that decides it, the last part as a digest"
     draw, steps = decides["draw"], cfg.sampler.keywords.get("steps", "")
     short = evaluation_id(decides)[:8]
     size = "_{}x{}".format(*draw["size"]) if "size" in draw else ""
-    return f"{cfg.sampler.name}{steps}_seed{draw['seed']}_n{draw['n']}{size}_{short}.png"
+    of = f"_{safe_name(draw['class'])}" if "class" in draw else ""
+    name = f"{cfg.sampler.name}{steps}{of}_seed{draw['seed']}_n{draw['n']}{size}"
+    return f"{name}_{short}.png"
 
 
 def _grid(images: torch.Tensor, ncols: int | None = None) -> np.ndarray:
@@ -628,7 +666,8 @@ def _set(run: Run, lab: Lab, images: torch.Tensor, decides: dict) -> Callable[[]
     file = run.checkpoints_dir / f"{weights['slot']}.safetensors"
     whose = sha256(file) if file.is_file() else weights["sha256"]  # made from snapshots: no file
     about = {"step": weights["step"], "weights": weights["slot"], "weights_sha256": whose}
-    about |= {"sampler": {"name": sampler.name} | sampler.keywords, "seed": decides["draw"]["seed"]}
+    of = {k: v for k, v in decides["draw"].items() if k == "class"}
+    about |= {"sampler": sampler.model_dump(mode="json") | of, "seed": decides["draw"]["seed"]}
     return lambda: [store_samples(run, images, **about)]
 
 # %% ../nbs/72_api.ipynb #204d4b86
@@ -754,6 +793,7 @@ def promote_run(
     if lab.autoencoder:
         refuse_other_data(run, lab)
         how["extra"] = {CARD: _codec_card(network, lab).encode()}
+    how["classes"] = lab.train.classes if lab.cfg.model.classes else ()
     step = _weights_step(run, weights)
     return promote(run, name, root, shape=lab.train.nominal, step=step, **how)
 
@@ -796,11 +836,12 @@ def sample_model(
     device: str | None = None,
     models: str | Path | None = None,
     ncols: int | None = None,  # Images in a row of the picture; None: about a square
+    kind: str | int | None = None,  # One class, by name or number; all in turn when None
 ) -> Path:  # The picture
     "Draw a grid of samples from a promoted model"
     _refuse_numbers(n, seed, ncols)
-    it = _source(address, "", overrides, device, models)
-    draw = {"n": n, "seed": seed} | _looks(it, size, ncols)
+    it = _source(address, "", overrides, device, models, kind)
+    draw = {"n": n, "seed": seed} | it.of | _looks(it, size, ncols)
     sheet = png(_grid(_samples(it, draw), ncols))
     make_dir(out)
     return put_new(Path(out) / f"{it.label}_{_drawn(it.lab.cfg, it.decides(draw))}", sheet)
@@ -901,9 +942,10 @@ def open_pipeline(
     overrides: tuple[str, ...] = (),  # In the section `sampler`
     device: str | None = None,
     models: str | Path | None = None,  # Where models live; settings.ini decides otherwise
+    kind: str | int | None = None,  # Class of the pictures, for a network that is told one
 ) -> Pipeline:
     "Make a pipeline of a run, a promoted model or a checkpoint"
-    return _source(name, weights, tuple(overrides), device, models).pipeline
+    return _source(name, weights, tuple(overrides), device, models, kind).pipeline
 
 # %% ../nbs/72_api.ipynb #e5efe1d5
 def _file(flag: str, name: str | Path) -> bytes:
@@ -1028,16 +1070,19 @@ def draw_picture(
     device: str | None = None,
     out: str | Path | None = None,  # A directory instead of the run's
     models: str | Path | None = None,  # Where models live
+    kind: str | int | None = None,  # Class of the pictures, for a network that is told one
     warn: Callable[[str], None] = quiet,  # Called with lines a person should see
 ) -> tuple[Path, dict[str, float]]:  # The picture, and what was measured, in decibels
     "Draw what a pipeline does, and leave a record of it in the run"
     refuse_words(act, t, where, None, files)
     _refuse_numbers(n, seed, steps=steps)
-    it, how = _source(name, weights, tuple(overrides), device, models), {"files": files, "n": n}
+    it = _source(name, weights, tuple(overrides), device, models, kind)
+    how: dict = {"files": files, "n": n}
     how |= {"seed": seed, "t": t, "where": where, "size": size, "steps": steps, "split": split}
     with threads(it.run.threads() if it.run else 0), switches(it.own.train):
         strip, about = _acted(it, act, how)
     draw = {"act": act, "n": len(strip.images) // strip.ncols, "seed": seed, "t": list(t)} | about
+    draw |= it.of
     decides, data = it.decides(draw), png(strip.pixels)
     file = f"{act}_{it.label}_{_drawn(it.lab.cfg, decides)}"
     values = {f"{act}/{k}": v for k, v in strip.values.items()}

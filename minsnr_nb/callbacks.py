@@ -131,7 +131,8 @@ class GradShare(Callback):
         "Differentiate a part of a batch; the whole batch's gradient is the sum of the parts'"
         model = loop.state.model
         with evaluating(model), torch.enable_grad():
-            weighted = loop.objective.loss(model, batch.x0[part], batch.t[part], batch.eps[part])[0]
+            asked = batch.part(part).asked(loop.cfg.model.classes)
+            weighted = loop.objective.loss(model, *asked)[0]
             params = [p for p in model.parameters() if p.requires_grad]
             loss = weighted.sum() / len(part)
             grads = torch.autograd.grad(loss, params, allow_unused=True)

@@ -312,7 +312,7 @@ class Predictions(Callback):
     def after_step(self, loop: Loop, result: StepResult) -> None:
         if loop.due(self.every or loop.cfg.eval.every):
             network = loop.state.ema.model
-            sampler = {"name": loop.cfg.sampler.name} | loop.cfg.sampler.keywords
+            sampler = loop.cfg.sampler.model_dump(mode="json")
             store_samples(
                 loop.run,
                 loop.sample(network, self.n),
@@ -324,7 +324,7 @@ class Predictions(Callback):
 
     def after_evaluate(self, about: Judged) -> list[Path]:
         facts: dict[str, Any] = {"step": about.step, "weights": about.slot, "seed": about.cfg.seed}
-        facts |= {"sampler": {"name": about.cfg.sampler.name} | about.cfg.sampler.keywords}
+        facts |= {"sampler": about.cfg.sampler.model_dump(mode="json")}
         facts["weights_sha256"] = state_sha256(about.network.state_dict())
         return [store_samples(about.run, about.sample(about.network, self.n), **facts)]
 

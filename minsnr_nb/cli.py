@@ -262,6 +262,7 @@ def _sample(
     steps: _Steps = None,  # Of the sampler
     size: _HxW = None,  # Of each image, if the network takes it; as trained when not given
     grid: _Columns = None,  # Images in a row; about a square when not given
+    Class: _Text = None,  # Of all samples: a name or a number; without it, all in turn
     out: Annotated[str, {"metavar": "DIR"}] = ".",  # Where a model's picture goes
     weights: _Average = "last",  # Which averaged weights; ema_0.2 is made from snapshots
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
@@ -271,7 +272,7 @@ def _sample(
     from minsnr_nb.api import sample_model, sample_run
 
     overrides = _sampler_keys(overrides, sampler, steps)
-    how: dict = {"n": n, "seed": seed, "overrides": overrides, "device": device}
+    how: dict = {"n": n, "seed": seed, "overrides": overrides, "device": device, "kind": Class}
     how |= {"size": _size(size) if size else None, "ncols": grid}
     if run.startswith("local://"):
         _say(sample_model(run, out=out, **how))
@@ -313,6 +314,7 @@ def _picture(
     size: _HxW = None,  # Of the pictures, if the network takes it
     out: _Dir = None,  # Instead of the run; a model's pictures go to .
     weights: _Average = "last",  # last, best, a checkpoint (step_000000012), ema_0.2
+    Class: _Text = None,  # Of all pictures, for a network that is told one; none when not given
     json: bool = False,  # For scripts
     device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
     trust_code: _Hash = None,  # Accept the run's own code, once you have read it
@@ -325,7 +327,7 @@ def _picture(
     up = act == "invert" or (act == "interpolate" and files)  # steps of the way, not of the sampler
     how: dict = {"overrides": _sampler_keys(overrides, sampler, None if up else steps)}
     how |= {"size": _size(size) if size else None, "steps": steps if up else None, "warn": _warn}
-    how |= {"split": split, "weights": weights, "device": device, "out": out}
+    how |= {"split": split, "weights": weights, "device": device, "out": out, "kind": Class}
     file, values = draw_picture(run, act, files, n, seed, levels, hole, **how)
     if json:
         return _say(_as_json({"picture": str(file), "values": values}))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Positive', 'NonNegative', 'Fraction', 'PositiveInt', 'NonNegativeInt', 'Strict', 'Described', 'Lane', 'ScheduleLane',
-           'LossLane', 'ObjectiveSection', 'OptimSection', 'TrainSection', 'EvalSection', 'Config', 'frozen',
-           'mistakes', 'cross_problems', 'parse_override', 'Loaded', 'dump', 'config_sha256', 'load_config', 'leaves',
-           'config_diff', 'setting_text', 'settings_text']
+           'LossLane', 'ObjectiveSection', 'ModelLane', 'SamplerLane', 'OptimSection', 'TrainSection', 'EvalSection',
+           'Config', 'frozen', 'mistakes', 'cross_problems', 'parse_override', 'Loaded', 'dump', 'config_sha256',
+           'load_config', 'leaves', 'config_diff', 'setting_text', 'settings_text']
 
 # %% ../nbs/00_config.ipynb #5540f491
 import hashlib
@@ -20,7 +20,7 @@ from typing import Annotated, Any, Callable, ClassVar, Iterable, Literal, Mappin
 from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError, nearest
 from .strict_yaml import MAX_BYTES, MAX_DEPTH, plain_values, read_yaml, write_yaml
@@ -48,6 +48,14 @@ class Lane(BaseModel):
         return dict(self.model_extra or {})
 
 # %% ../nbs/00_config.ipynb #c5c7520a
+def _absent(value: Any) -> bool:
+    return value is None
+
+
+def _one(value: float) -> bool:
+    return value == 1
+
+
 class ScheduleLane(Lane):
     "Noise schedule, its length, and whether it ends in pure noise"
 
@@ -76,6 +84,38 @@ class ObjectiveSection(BaseModel):
     "What the network predicts"
     sigma_data: Positive = 0.5
     "Spread of the data, for F and for weightings that need it"
+
+# %% ../nbs/00_config.ipynb #41734490
+_Share = Annotated[float, Ge(0), Lt(1)]
+
+
+class ModelLane(Lane):
+    "Network, and whether it is told the class of an image"
+
+    name: str = "mlp"
+    "Entry of the lane"
+    classes: Annotated[bool, Field(exclude_if=operator.not_)] = False
+    "Whether the network reads the class of an image"
+    drop: Annotated[_Share | None, Field(exclude_if=_absent)] = None
+    "Share of training images whose class is hidden; 0.1 with classes"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, data: Any) -> Any:
+        "Write down what `classes: true` means when it says no more"
+        asked = isinstance(data, dict) and data.get("classes") is True and data.get("drop") is None
+        return data | {"drop": 0.1} if asked else data
+
+# %% ../nbs/00_config.ipynb #5605c402
+class SamplerLane(Lane):
+    "Sampler, and how strongly it follows a class"
+
+    name: str = "ddim"
+    "Entry of the lane"
+    guidance: Annotated[NonNegative, Field(exclude_if=_one)] = 1.0
+    "Factor on what a class changes in the answer; 1: the answer for the class alone"
+    interval: Annotated[tuple[float, float] | None, Field(exclude_if=_absent)] = None
+    "Lowest and highest log SNR at which guidance acts; none: at all levels"
 
 # %% ../nbs/00_config.ipynb #50dae679
 class OptimSection(BaseModel):
@@ -180,7 +220,7 @@ class Config(BaseModel):
     "How timesteps are drawn"
     uncertainty: Lane = Lane(name="none")
     "Weight learned per noise level"
-    model: Lane = Lane(name="mlp")
+    model: ModelLane = ModelLane()
     "Network"
     ema: Lane = Lane(name="ema")
     "Averaged copy of the network"
@@ -188,7 +228,7 @@ class Config(BaseModel):
     "Optimiser"
     train: TrainSection = TrainSection()
     "Length, batch, precision and rhythm"
-    sampler: Lane = Lane(name="ddim")
+    sampler: SamplerLane = SamplerLane()
     "How samples are drawn"
     metrics: tuple[Lane, ...] = _lanes("fd", "kid")
     "What is measured on samples"
@@ -262,6 +302,26 @@ def mistakes(
         out.append(((*prefix, *loc), msg))
     return out
 
+# %% ../nbs/00_config.ipynb #d209bebe
+def _class_problems(model: ModelLane, sampler: SamplerLane) -> list[tuple[tuple, str]]:
+    "List what is said about classes to a network, or by a network, that has none"
+    out: list[tuple[tuple, str]] = []
+    guided, interval = sampler.guidance != 1, sampler.interval
+    if model.drop is not None and not model.classes:
+        out.append((("model", "drop"), "only model.classes=true reads it"))
+    if guided and not model.classes:
+        msg = "this network was not told classes; model.classes=true trains one that is"
+        out.append((("sampler", "guidance"), msg))
+    if guided and model.drop == 0:
+        msg = "needs a network that has seen images without their class; model.drop=0 shows it none"
+        out.append((("sampler", "guidance"), msg))
+    if interval and not guided:
+        out.append((("sampler", "interval"), "only sampler.guidance, other than 1, reads it"))
+    if interval and interval[0] >= interval[1]:
+        msg = f"the lower log SNR comes first, and {interval[0]} is not below {interval[1]}"
+        out.append((("sampler", "interval"), msg))
+    return out
+
 # %% ../nbs/00_config.ipynb #7c73e13c
 def cross_problems(cfg: "Config") -> list[tuple[tuple, str]]:
     "List combinations of valid keys that make no sense together"
@@ -276,6 +336,7 @@ def cross_problems(cfg: "Config") -> list[tuple[tuple, str]]:
     if not _pixels(cfg.codec) and cfg.sampler.keywords.get("clip"):
         msg = "latents have no bounds to clip at; leave it out, or say codec.name=none"
         out.append((("sampler", "clip"), msg))
+    out += _class_problems(cfg.model, cfg.sampler)
     for section in ("metrics", "callbacks"):
         names = [lane.name for lane in getattr(cfg, section)]
         twice = sorted({n for n in names if names.count(n) > 1})
@@ -472,7 +533,8 @@ def _check_lane(lane: Any, own: Mapping, registry: Any, path: tuple) -> tuple[An
     full, found = registry.check(
         name, {k: v for k, v in lane.items() if k not in own}, path, tuple(own)
     )
-    return {**lane, **full}, found
+    kept = {k: v for k, v in lane.items() if found or k in own or k in full}
+    return {**kept, **full}, found
 
 
 def _default_lane(value: Any) -> Any:

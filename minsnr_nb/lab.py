@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def _addressed(section: str) -> list[dict]:
 
 def _own(schema: dict, section: str) -> dict:
     "Properties that a lane section has besides its entry's"
-    own = {"schedule": "ScheduleLane", "loss": "LossLane"}.get(section)
+    lanes = {"schedule": "ScheduleLane", "loss": "LossLane"}
+    own = (lanes | {"model": "ModelLane", "sampler": "SamplerLane"}).get(section)
     return schema["$defs"][own]["properties"] if own else {}
 
 # %% ../nbs/70_lab.ipynb #fec694c7
@@ -312,6 +314,22 @@ def _parts(cfg: Config) -> dict:
         "callbacks": tuple(CALLBACKS.bind(c.name, c.keywords) for c in cfg.callbacks),
     }
 
+# %% ../nbs/70_lab.ipynb #e06beaca
+def _network(cfg: Config, data: ImageSet) -> Callable:
+    "How to make the network, for the classes of the data where it is told them"
+    make = MODELS.bind(cfg.model.name, cfg.model.keywords)
+    if not cfg.model.classes:
+        return make
+    if len(data.classes) < 2:
+        has = "images in class folders, or a `label` in metadata.jsonl, give some"
+        raise ConfigError(f"model.classes: the data, {data.name}, has no classes; {has}")
+    if "classes" not in signature(make.func).parameters:
+        able = [name for name, e in MODELS.items() if "classes" in signature(e).parameters]
+        raise ConfigError(
+            f"model.classes: {cfg.model.name!r} takes none; allowed: {', '.join(able)}"
+        )
+    return partial(make, classes=len(data.classes))
+
 # %% ../nbs/70_lab.ipynb #74776537
 def named_codec(
     cfg: Config,  # Reads codec
@@ -433,6 +451,9 @@ def _evaluator(cfg: Config, schedule: NoiseSchedule, where: torch.device, sets: 
         prediction=cfg.objective.prediction,
         sigma_data=cfg.objective.sigma_data,
         sampler=SAMPLERS.bind(cfg.sampler.name, cfg.sampler.keywords),
+        classes=cfg.model.classes,
+        guidance=cfg.sampler.guidance,
+        interval=cfg.sampler.interval,
         metrics={m.name: METRICS.bind(m.name, m.keywords) for m in cfg.metrics},
         cfg=cfg.eval,
         seed=cfg.seed,
@@ -471,7 +492,8 @@ def _build(cfg: Config, device: str | None) -> Lab:
     judge = {"train": train_set, "test": test_set, "latents": latents and latents[1]}
     evaluator = _evaluator(cfg, objective.schedule, where, judge)
     made = objective.to(where), evaluator
-    return Lab(cfg, where, train_set, test_set, *made, **_parts(cfg), latents=latents)
+    parts = _parts(cfg) | {"make_model": _network(cfg, train_set)}
+    return Lab(cfg, where, train_set, test_set, *made, **parts, latents=latents)
 
 # %% ../nbs/70_lab.ipynb #5ba4b6f8
 def _has_room(data: ImageSet, device: torch.device) -> bool:

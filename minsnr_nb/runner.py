@@ -170,7 +170,18 @@ def _identity(images: ImageSet) -> dict:
     }
 
 
-STREAMS = ("init", "order", "timestep", "noise", "flip", "dropout", "sample", "probe", "posterior")
+STREAMS = (
+    "init",
+    "order",
+    "timestep",
+    "noise",
+    "flip",
+    "class",
+    "dropout",
+    "sample",
+    "probe",
+    "posterior",
+)
 
 # %% ../nbs/71_runner.ipynb #b852db83
 def _codec_record(lab: Lab) -> dict:

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Denoise', 'Spacing', 'SAMPLERS', 'CLEAN', 'PathSpacing', 'Stir', 'denoiser', 'spaced', 'Steps', 'pairs', 'Images',
            'walk', 'ddpm', 'ddim', 'Level', 'move', 'by_sigma', 'by_timestep', 'places', 'stirrer', 'follow', 'stirred',
-           'euler', 'heun', 'log_ratio', 'dpmpp_2m', 'sample']
+           'euler', 'heun', 'log_ratio', 'dpmpp_2m', 'sample', 'guided']
 
 # %% ../nbs/60_samplers.ipynb #723db4fe
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -20,13 +21,15 @@ from torch import Tensor, nn
 
 from .config import Fraction, NonNegative, Positive, PositiveInt
 from .errors import ConfigError
-from .diffusion import SIGMA_DATA, Prediction, time_of, x0_from
+from .diffusion import SIGMA_DATA, Prediction, locate, time_of, x0_from
+from .objective import knowing
 from .registry import Registry
 from .schedule import NoiseSchedule
 from .seeds import Stream
+from .unet import NO_CLASS
 
 # %% ../nbs/60_samplers.ipynb #441cf181
-Denoise = Callable[[Tensor, int | float], Tensor]  # (x_t, t) -> x0_hat
+Denoise = Callable[..., Tensor]  # (x_t, t) -> x0_hat; with classes (x_t, t, labels)
 
 
 def denoiser(
@@ -38,9 +41,10 @@ def denoiser(
     "Ask a network for the image behind the noise"
 
     @torch.no_grad()
-    def denoise(x_t: Tensor, t: int | float) -> Tensor:
+    def denoise(x_t: Tensor, t: int | float, labels: Tensor | None = None) -> Tensor:
         told = torch.full((len(x_t),), t, device=x_t.device)  # int64, or float32 between timesteps
-        return x0_from(prediction, model(x_t, told), x_t, t, schedule, sigma_data)
+        answer = knowing(model, labels)(x_t, told)
+        return x0_from(prediction, answer, x_t, t, schedule, sigma_data)
 
     return denoise
 
@@ -390,6 +394,7 @@ def sample(
     batch_size: int = 500,  # Images at a time
     first: int = 0,  # Number of the first image
     device: torch.device | str = "cpu",  # Where the network lives
+    labels: Tensor | None = None,  # Class of each image, (n,), int64, for a network with classes
 ) -> Tensor:  # (n, C, H, W), float32, on the CPU
     "Draw images by number"
     out = torch.empty(n, *shape)
@@ -397,6 +402,30 @@ def sample(
         part = out[start : start + batch_size]
         images = Images(rng, first + start)
         x_T = images.normal(len(part), shape).to(device)
-        (x,) = deque(sampler(denoise, schedule, x_T, images), maxlen=1)
+        of = None if labels is None else labels[start : start + batch_size].to(device)
+        ask = denoise if of is None else partial(denoise, labels=of)
+        (x,) = deque(sampler(ask, schedule, x_T, images), maxlen=1)
         part.copy_(x)
     return out
+
+# %% ../nbs/60_samplers.ipynb #b5827cae
+def guided(
+    denoise: Denoise,  # From `denoiser`, for a network that is told classes
+    schedule: NoiseSchedule,  # Gives the log SNR of a level
+    guidance: float = 1.0,  # Factor on the difference that a class makes, >= 0; 1: no guidance
+    interval: tuple[float, float] | None = None,  # Log SNR at which it acts, both ends included
+) -> Denoise:  # Called with labels
+    "Go beyond the answer for a class, away from the one for none; Ho & Salimans 2022, eq. 6"
+    if guidance == 1:
+        return denoise
+    low, high = interval or (-math.inf, math.inf)
+
+    def guide(x_t: Tensor, t: int | float, labels: Tensor) -> Tensor:
+        levels, k = locate(schedule, t)
+        if not low <= levels.log_snr[k] <= high:
+            return denoise(x_t, t, labels)
+        both = torch.cat([labels, torch.full_like(labels, NO_CLASS)])
+        known, none = denoise(torch.cat([x_t, x_t]), t, both).chunk(2)
+        return none + guidance * (known - none)
+
+    return guide

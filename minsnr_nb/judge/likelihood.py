@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..diffusion import SIGMA_DATA, Prediction, add_noise, x0_from
 from ..errors import ConfigError
-from ..objective import evaluating
+from ..objective import evaluating, knowing
 from ..schedule import NoiseSchedule
 from ..seeds import Stream
 
@@ -83,6 +83,7 @@ def bits_per_dim(
     draws: int = 16,  # Levels drawn for each image
     batch_size: int = 512,  # Questions answered at once
     sigma_data: float = SIGMA_DATA,  # Standard deviation of the data, for F
+    labels: Tensor | None = None,  # Class of each image, (N,), for a network that is told it
 ) -> Tensor:  # (N,), float64, on the CPU; the mean estimates an upper bound on the NLL
     "Bound the negative log-likelihood of images from above"
     if prediction == "eps" and (schedule.snr == 0).any():
@@ -90,7 +91,7 @@ def bits_per_dim(
     here = schedule.to(images.device)
     with evaluating(model):
         parts = [
-            _nats(model, part, here, prediction, rng, draws, first, sigma_data)
+            _nats(model, part, here, prediction, rng, draws, first, sigma_data, labels)
             for first, part in _parts(images, max(1, batch_size // draws))
         ]
     return torch.cat(parts).cpu() / (log(2) * images[0].numel())
@@ -101,9 +102,11 @@ def _parts(images: Tensor, size: int) -> list[tuple[int, Tensor]]:
     return [(i * size, part) for i, part in enumerate(images.split(size))]
 
 
-def _nats(model, x0, schedule, prediction, rng, draws, first, sigma_data) -> Tensor:
+def _nats(model, x0, schedule, prediction, rng, draws, first, sigma_data, labels) -> Tensor:
     "Price a batch of images, (B,)"
     n, shape = len(x0), tuple(x0.shape[1:])
+    of = None if labels is None else labels[first : first + n]
+    each = knowing(model, None if of is None else of.repeat_interleave(draws))
     where = {"first": first * draws}
     u = rng.uniform(n * draws, step=0, **where).view(n, draws)
     u = (torch.arange(draws) + u) / draws
@@ -111,9 +114,10 @@ def _nats(model, x0, schedule, prediction, rng, draws, first, sigma_data) -> Ten
     t = t.clamp(1, schedule.timesteps - 1).to(x0.device)
     eps = rng.normal(n * draws, shape, step=1, **where).to(x0)
     how = schedule, prediction, sigma_data
-    levels = level_nats(model, x0.repeat_interleave(draws, 0), t, eps, *how)
+    levels = level_nats(each, x0.repeat_interleave(draws, 0), t, eps, *how)
     last = torch.zeros(n, dtype=torch.int64, device=x0.device)
     x_t = add_noise(x0, rng.normal(n, shape, first=first, step=2).to(x0), last, schedule)
-    guess = x0_from(prediction, model(x_t, last).to(x0.dtype), x_t, last, schedule, sigma_data)
+    answer = knowing(model, of)(x_t, last).to(x0.dtype)
+    guess = x0_from(prediction, answer, x_t, last, schedule, sigma_data)
     prices = prior_nats(x0, schedule) + decoder_nats(x0, guess, schedule)
     return prices + levels.view(n, draws).mean(1)

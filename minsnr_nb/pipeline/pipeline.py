@@ -175,9 +175,10 @@ def sample(
     seed: int = 0,  # Of all noise
     size: tuple[int, int] | None = None,  # Height and width; None: as trained
     ncols: int | None = None,  # Pictures in a row
+    labels: Tensor | None = None,  # Class of each, (n,), int64, for a network that is told one
 ) -> Strip:
     "Draw samples"
-    how: dict[str, Any] = {"batch_size": self.batch_size, "device": self.device}
+    how: dict[str, Any] = {"batch_size": self.batch_size, "device": self.device, "labels": labels}
     about = (self.denoise, self.schedule, self.room(size), n, stream(seed, "sample"))
     return Strip(self.decode(draw_images(self.sampler, *about, **how)), ncols or squarish(n))
 

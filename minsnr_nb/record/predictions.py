@@ -82,7 +82,8 @@ def intrinsics(
     channels, height, width = shape
     about: dict[str, Any] = {"kind": "image-sampler", "camera": None, "channels": channels}
     about |= {"height": height, "width": width, "value_range": [0, 255]}
-    about |= {"color": "gray" if channels == 1 else "rgb", "guidance": None, "eta": None}
+    about |= {"color": "gray" if channels == 1 else "rgb", "eta": None}
+    about["guidance"] = sampler.get("guidance")
     about |= {"sampler": sampler["name"], "steps": sampler.get("steps"), "keywords": sampler}
     about |= {"eta": sampler.get("eta"), "schedule": config["schedule"]}
     about |= {"weights": "ema", "slot": weights, "checkpoint": checkpoint}

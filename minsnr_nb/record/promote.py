@@ -134,6 +134,7 @@ def promote(
     licence: str = "Apache-2.0",
     evaluation: str | None = None,  # Whose values the card shows; the run's own when None
     extra: Mapping[str, bytes] = {},  # Further files that belong to the weights
+    classes: tuple[str, ...] = (),  # Name of each class that the network is told
 ) -> Model:
     "Copy a run's averaged weights and what they rest on into the models"
     run = run if isinstance(run, Run) else open_run(run)
@@ -150,6 +151,7 @@ def promote(
     files |= extra
     files["model.safetensors"] = read_plain(source, MAX_TENSORS)
     card = _card(run, name, weights, shape, step, licence, judged)
+    card |= {"classes": list(classes)} if classes else {}
     card["files"] = {
         f: {"bytes": len(d), "sha256": durable.digest(d)} for f, d in sorted(files.items())
     }
