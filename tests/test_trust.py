@@ -143,7 +143,7 @@ def test_trust_promotion_and_sampling_by_name(finished, copy, tmp_path, capsys, 
     drawn = typed(capsys, "sample", "local://tiny@1", "--n", 4, "--size", "8x8", "--out", tmp_path)
     assert drawn.returncode == 0 and len(list(tmp_path.glob("tiny-1_ddim4_seed0_n4_*.png"))) == 1
     wrong = typed(capsys, "sample", "local://tiny", "--size", 16, "--out", tmp_path)
-    assert wrong.returncode == 2 and "8x8, not 16x16" in wrong.stderr
+    assert wrong.returncode == 2 and "8x8 is the only one" in wrong.stderr
     (copy / "metrics.json").write_text("{}")
     damaged = typed(capsys, "promote", copy, "tiny")
     assert damaged.returncode == 1 and "metrics.json" in damaged.stderr
