@@ -144,15 +144,6 @@ class Evaluator:
         "What noise and held-out images score"
         return anchor_values(self)
 
-    def probe(self, model: nn.Module) -> dict:
-        "Unweighted x0, eps and v error on frozen images, levels and noise"
-        size: dict[str, Any] = {"n_bins": self.cfg.probe_bins, "draws": self.cfg.probe_draws}
-        size["sigma_data"] = self.sigma_data
-        how = self.schedule, self.prediction, stream(self.seed, "probe")
-        pairs = zip(sets := self.asked(), self.asked_labels(), strict=True)
-        found = [probe_loss(model, x, *how, labels=of, **size) for x, of in pairs]
-        return found[0] if len(found) == 1 else join_probes(found, [*map(len, sets)])
-
     def asked(self) -> list[Tensor]:
         "The held-out images that the network is asked about, one tensor for each shape"
         n = min(self.cfg.probe_images, len(self.test))
@@ -161,6 +152,20 @@ class Evaluator:
             drawn = (parts[k].draw(i, *how) for k, i in first_ones(self.test, n))
             return [z.to(self.device) for z in drawn]
         return [x.to(self.device) for x in first_images(self.test, n)]
+
+# %% ../nbs/62_evaluate.ipynb #evprobe1
+@patch
+def probe(
+    self: Evaluator,
+    model: nn.Module,
+) -> dict:
+    "Unweighted x0, eps and v error on frozen images, levels and noise"
+    size: dict[str, Any] = {"n_bins": self.cfg.probe_bins, "draws": self.cfg.probe_draws}
+    size["sigma_data"] = self.sigma_data
+    how = self.schedule, self.prediction, stream(self.seed, "probe")
+    pairs = zip(sets := self.asked(), self.asked_labels(), strict=True)
+    found = [probe_loss(model, x, *how, labels=of, **size) for x, of in pairs]
+    return found[0] if len(found) == 1 else join_probes(found, [*map(len, sets)])
 
 # %% ../nbs/62_evaluate.ipynb #35c6ca88
 @patch
