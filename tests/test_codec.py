@@ -315,6 +315,31 @@ def test_codec_learns_from_random_parts_of_pictures_and_is_promoted(home, mixed,
     assert all(c.ok for c in check_run(done.stdout.split("RUN_DIR: ")[1].split("\n")[0]))
 
 
+def test_codec_networks_are_told_classes_in_latents_and_in_buckets_of_them(home, mixed, capsys):
+    "The class of a latent is that of its picture; samples of one class have its name"
+    told = {"model": {"classes": True, "drop": 0.2}}
+    for k, file in enumerate(sorted((folder(home / "data/sorted")).glob("*.png"))):
+        (home / "data/sorted" / "ab"[k % 2]).mkdir(exist_ok=True)
+        file.rename(home / "data/sorted" / "ab"[k % 2] / file.name)
+    sets = (NETWORK, mixed | {"data": mixed["data"] | {"path": "sorted"}})
+    for config in sets:
+        settings = config | {"model": config["model"] | told["model"]}
+        lab = build(load(settings).cfg, "cpu")
+        for step in range(4):
+            batch = train_loop.draw_batch(step, lab.source, lab.objective, lab.cfg)
+            known = batch.labels >= 0
+            assert torch.equal(batch.labels[known], lab.train.labels[batch.index][known])
+        assert lab.train.labels.unique().numel() > 1
+        run = api.train_run(settings, device="cpu")
+        name = lab.train.classes[1]
+        one, way = (typed(capsys, *words) for words in (
+            ("sample", run.path, "--n", 4, "--class", name, "sampler.guidance=2"),
+            ("picture", run.path, "trajectory", "--n", 2, "--class", name),
+        ))  # fmt: skip
+        assert (one.returncode, way.returncode) == (0, 0), (one.stderr, way.stderr)
+        assert all(f"_{name}_" in Path(x.stdout.strip().splitlines()[-1]).name for x in (one, way))
+
+
 # --- the cache ------------------------------------------------------------------------------------
 
 SLOW = """
