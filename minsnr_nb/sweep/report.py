@@ -99,12 +99,22 @@ def prediction_lines(
     return lines
 
 # %% ../../nbs/sweep/16_report.ipynb #005dcd6c
+def _arm_rows(questions: tuple[Question, ...]) -> list[tuple[str, Mapping]]:
+    "Every arm that has an interval, with its question's values where there are several"
+    several, rows = len(questions) > 1, list[tuple[str, Mapping]]()
+    for q in questions:
+        values = [v.removeprefix("local://") for v in settings_text(q.axes).values()]
+        at = " · ".join(values) + ": " if several else ""
+        rows += [(at + name, arm) for name, arm in q.arms.items() if arm.get("low") is not None]
+    return rows
+
+# %% ../../nbs/sweep/16_report.ipynb #7e67d839
 def arms_figure(
     sweep: Sweep,
-    question: Question,
+    *questions: Question,  # On one scale; their rows share the axis
 ) -> Any:  # 6 x 3 inches at most
     "Draw the difference of every arm from the baseline with its interval"
-    arms = [(n, a) for n, a in question.arms.items() if a.get("low") is not None]
+    arms, (question, *_) = _arm_rows(questions), questions
     picture = figure(height=min(3.0, 0.9 + 0.26 * len(arms)))
     ax = picture.add_subplot()
     percent, zone = (100, sweep.primary.smallest) if question.scale == "ratio" else (1, 0.0)
@@ -214,6 +224,7 @@ def _blocks(record: Mapping) -> Iterator[str]:
     line = lambda text: markup("<p>{{ text }}</p>", text=re.sub(r"\*\*|`", "", text))  # noqa: E731
     yield markup("<h1>{{ study }}</h1>", study=record["study"])
     yield from map(line, [*sentences(sweep, questions), *prediction_lines(sweep, questions)])
+    yield png_tag(png(arms_figure(sweep, *questions)), "difference of every arm from the baseline")
     cost, said = record["cost"], record["declared_at_utc"]
     made_by = (
         f"{cost['runs']} runs, {cost['core_hours']} core hours, code {', '.join(record['code'])}"
@@ -227,7 +238,6 @@ def _question_blocks(sweep: Sweep, q: Question, curves: Mapping) -> Iterator[str
     "Figures and tables of one question"
     title = ", ".join(f"{k} = {v}" for k, v in settings_text(q.axes).items()) or "The question"
     yield markup("<h2>{{ title }}</h2>", title=title)
-    yield png_tag(png(arms_figure(sweep, q)), "difference of every arm from the baseline")
     if arms := [a for a in q.arms if q.arms[a].get("levels") and a != AGAIN]:
         yield png_tag(png(levels_figure(q, arms[:4])), "change of the x0 error over log SNR")
     if (picture := curves_figure(curves, sweep.primary.metric)) is not None:
