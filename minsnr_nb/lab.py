@@ -389,7 +389,7 @@ def table_of(
 
     store, (facts, wanted) = Store.here(), wanted_of(cfg, latents)
     note_use(store, facts, wanted)
-    shown = {"desc": f"encode {facts['set']}", "unit": "image", "leave": False}
+    shown = {"desc": f"encode {facts['set']}", "unit": "image", "leave": False, "delay": 0.5}
     with tqdm(total=len(wanted.rows), disable=not bar_wanted(), **shown) as bar:
         return Table(fill_latents(store, latents, wanted, bar.update), wanted)
 

@@ -9,6 +9,12 @@ from pathlib import Path
 from fastcore.nbio import read_nb, write_nb
 
 
+def kept(output: dict) -> bool:
+    "Whether an output says something when nobody watches: no warnings, no bars"
+    bar = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return output.get("name") != "stderr" and not bar
+
+
 def store(executed: Path, source: Path) -> None:
     "Copy outputs; the cells have to be the same, but for the parameters that Papermill adds"
     there, here = read_nb(executed), read_nb(source)
@@ -17,7 +23,7 @@ def store(executed: Path, source: Path) -> None:
         raise SystemExit(f"{executed}: is not an execution of {source} as it is now")
     for cell, done in zip(here.cells, cells, strict=True):
         if cell.cell_type == "code":
-            cell.outputs = [o for o in done.outputs if o.get("name") != "stderr"]
+            cell.outputs = [o for o in done.outputs if kept(o)]
     write_nb(here, source)
 
 
