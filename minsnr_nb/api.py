@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ACTS', 'refuse_elsewhere', 'train_run', 'differences_told', 'config_of', 'cache_latents', 'free_latents',
-           'resume_run', 'read_tensors', 'fill', 'length_of', 'snapshots_of', 'remade', 'checkpointed', 'load_network',
-           'eval_run', 'sample_run', 'fork_run', 'continue_run', 'verify_run', 'promote_run', 'sample_model',
-           'eval_model', 'eval_autoencoder', 'recon', 'open_pipeline', 'refuse_words', 'draw_picture']
+           'resume_run', 'fill', 'length_of', 'snapshots_of', 'remade', 'checkpointed', 'load_network', 'eval_run',
+           'sample_run', 'fork_run', 'continue_run', 'verify_run', 'promote_run', 'sample_model', 'eval_model',
+           'eval_autoencoder', 'recon', 'open_pipeline', 'refuse_words', 'draw_picture']
 
 # %% ../nbs/72_api.ipynb #575bd3de
 import re
@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import nn
 
 from .checkpoint import restore, save_checkpoint
@@ -29,6 +27,7 @@ from .record.generations import CheckpointError, find_checkpoint, problems
 from .config import Config, Lane, config_diff
 from .errors import ConfigError, MinsnrError, nearest
 from .vae.autoencoder import difference_map, reconstruction
+from .weights.tensors import read_tensors
 from .durable import claim, desk, digest, make_dir, put_new, sha256
 from .ema import mix_of_snapshots
 from .evaluate import first_images, report
@@ -40,7 +39,7 @@ from minsnr_nb.record.evaluations import (
     read_record,
 )
 from .record.events import EventLog, printed, read_events
-from .guard import MAX_INFLATED, places_in, read_plain, tensor_bytes, weights_facts
+from .guard import MAX_INFLATED, places_in, read_plain, weights_facts
 from .data import BucketSet, pixels, safe_name
 from .images.codec import CARD, Codec, codec_card, kl_codec
 from .images.files import read_image
@@ -289,16 +288,6 @@ def _begin_again(run: Run, cfg: Config, lab: Lab) -> Callable[[Loop], None] | No
     return begin
 
 # %% ../nbs/72_api.ipynb #2e8e7ab7
-def read_tensors(
-    path: str | Path,  # A .safetensors file
-) -> dict[str, torch.Tensor]:
-    "Read weights, or say in one line that they are damaged"
-    try:
-        return load_tensors(tensor_bytes(path))
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as e:
-        raise MinsnrError(f"{path}: cannot be read as weights: {str(e).splitlines()[0]}") from None
-
-
 def fill(
     network: nn.Module,  # Changed in place
     path: str | Path,  # A .safetensors file
