@@ -60,7 +60,7 @@ from .record.promote import Model, find_model, promote
 from .record.repro import verify
 from .pipeline.pipeline import Pipeline, Strip, hole, squarish
 from .pipeline.steering import under
-from .samplers import denoiser, guided
+from .samplers import denoiser, guided, scaled
 from .settings import project_root, settings
 from .guard import inside
 from .processes.shards import refuse_processes
@@ -519,6 +519,7 @@ class _Source(NamedTuple):
         if judge.classes:
             how = judge.guidance, judge.interval
             denoise = under(guided(denoise, ask[0], *how), _class_of(lab, self.kind)[0])
+        denoise = scaled(denoise, ask[0], judge.eps_scale)
         return Pipeline(denoise, *about, lab.cfg.eval.batch_size)
 
 # %% ../nbs/72_api.ipynb #4e1e1ee5
