@@ -1124,7 +1124,6 @@ def _refuse_there(out: str | Path) -> Path:
     "Refuse a place that is taken"
     if os.path.lexists(out):
         raise ConfigError(f"{out}: exists already, and is never replaced; give another name")
-    make_dir(Path(out).absolute().parent)
     return Path(out)
 
 
@@ -1137,7 +1136,8 @@ def average_weights(
     files = {f"{n} (file {k})": weights_file(n) for k, n in enumerate(names, 1)}
     made = averaged({n: read_tensors(f) for n, f in files.items()}, shares)
     made_from = " ".join(sha256(f) for f in files.values())
-    return put_new(_refuse_there(out), tensor_file(made, made_from))
+    make_dir(_refuse_there(out).absolute().parent)
+    return put_new(out, tensor_file(made, made_from))
 
 # %% ../nbs/72_api.ipynb #15a76654
 def convert_weights(
@@ -1155,8 +1155,10 @@ def convert_weights(
         file = weights_file(name, weights, models)
         made, lost = recast(read_tensors(file), to)
         told = f"{len(made)} tensors; rounding moved none by more than {lost:.2g} of its norm"
+        make_dir(out.absolute().parent)
         return put_new(out, tensor_file(made, sha256(file))), told
     files, told = _for_us(name) if to == "minsnr" else _for_diffusers(name, weights, models)
+    make_dir(out.absolute().parent)
     return publish_files(out, files), told
 
 
@@ -1172,7 +1174,7 @@ def _for_us(name: str | Path) -> tuple[dict[str, bytes], str]:
 # %% ../nbs/72_api.ipynb #fcfe65ec
 def _for_diffusers(name: str | Path, weights: str, models: Any) -> tuple[dict[str, bytes], str]:
     "Our network as a folder that UNet2DModel.from_pretrained reads"
-    loose = Path(name).is_file() and not (Path(name).parents[2] / "meta").is_dir()
+    loose = Path(name).is_file() and not (Path(name).absolute().parent / "../../meta").is_dir()
     if loose or (Path(name) / CONFIG).is_file():
         which = "a run, a checkpoint in one, or local://NAME"
         raise ConfigError(f"{name}: does not say which network it belongs to; give {which}")

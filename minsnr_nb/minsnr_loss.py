@@ -368,7 +368,7 @@ def through(
     at_nodes = x.new_tensor(nodes, dtype=torch.float64)
     heights = x.new_tensor(values, dtype=torch.float64)
     if len(nodes) == 1:
-        return heights.expand(x.shape).clone()
+        return torch.full_like(x, values[0], dtype=torch.float64)
     x = x.double().clamp(nodes[0], nodes[-1])
     k = torch.searchsorted(at_nodes, x).clamp(1, len(nodes) - 1)
     share = (x - at_nodes[k - 1]) / (at_nodes[k] - at_nodes[k - 1])
