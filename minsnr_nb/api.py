@@ -1231,11 +1231,12 @@ def scales_run(
     if n < 3:
         raise ConfigError(f"n={n}: at least 3 samples are compared")
     it = _source(name, weights, tuple(overrides), device, models)
-    with threads(it.run.threads() if it.run else 0), switches(it.own.train), evaluating(it.network):
+    with threads(it.run.threads() if it.run else 0), switches(it.own.train):
         walks = _walks(it, n, seed)
-        table = fit_table(walks)
-        fresh = replace(walks, rng=stream(seed, "scales/fresh"))
-        before, after = drift(fresh), drift(fresh, table)
+        with evaluating(it.network):
+            table = fit_table(walks)
+            fresh = replace(walks, rng=stream(seed, "scales/fresh"))
+            before, after = drift(fresh), drift(fresh, table)
         kids = _kids(it, table, n, seed)
     found = {"weights": it.label, "sampler": it.lab.cfg.sampler.model_dump(mode="json"), "n": n}
     found |= {"seed": seed, "before": _plain(before), "after": _plain(after)}
