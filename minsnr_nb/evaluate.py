@@ -155,15 +155,6 @@ class Evaluator:
         found = [probe_loss(model, x, *how, labels=of, **size) for x, of in pairs]
         return found[0] if len(found) == 1 else join_probes(found, [*map(len, sets)])
 
-    def asked(self) -> list[Tensor]:
-        "The held-out images that the network is asked about, one tensor for each shape"
-        n = min(self.cfg.probe_images, len(self.test))
-        if self.latents:
-            parts, how = self.latents.parts, (0, self.seed, "probe/posterior")
-            drawn = (parts[k].draw(i, *how) for k, i in first_ones(self.test, n))
-            return [z.to(self.device) for z in drawn]
-        return [x.to(self.device) for x in first_images(self.test, n)]
-
 # %% ../nbs/62_evaluate.ipynb #35c6ca88
 @patch
 def drawn_labels(
@@ -176,6 +167,17 @@ def drawn_labels(
     if not self.classes:
         return None
     return class_turns(of.labels, n) if label is None else torch.full((n,), label)
+
+
+@patch
+def asked(self: Evaluator) -> list[Tensor]:
+    "The held-out images that the network is asked about, one tensor for each shape"
+    n = min(self.cfg.probe_images, len(self.test))
+    if self.latents:
+        parts, how = self.latents.parts, (0, self.seed, "probe/posterior")
+        drawn = (parts[k].draw(i, *how) for k, i in first_ones(self.test, n))
+        return [z.to(self.device) for z in drawn]
+    return [x.to(self.device) for x in first_images(self.test, n)]
 
 
 @patch
