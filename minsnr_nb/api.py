@@ -1210,7 +1210,7 @@ def _kids(it: _Source, table: tuple, n: int, seed: int) -> dict[str, float]:
         replace(judge, eps_scale=t).draw(it.network, n, seed=seed).to("cpu") for t in (None, table)
     ]
     real = see.of(judge.train, torch.arange(min(len(judge.train), 10_000)))
-    found = paired_kid(*map(see, drawn), real)._asdict()
+    found = paired_kid(see(drawn[0]), see(drawn[1]), real)._asdict()
     before, after = (next(iter(kid(x, judge.train).values())) for x in drawn)
     return {"before": before, "after": after} | found
 

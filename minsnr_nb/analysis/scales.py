@@ -136,10 +136,9 @@ def fit_table(
     step: float = 0.005,  # Of the finite differences
 ) -> ScaleTable:
     "Find the line that leaves the least drift"
-    at = np.ones(2)
+    at, log_snr = np.ones(2), drift(walks).log_snr
     table = lambda ends: line_table(log_snr, np.clip(ends, 0.8, 1.25))  # noqa: E731
     off = lambda ends: np.subtract(drift(walks, table(ends)).ratio, 1)  # noqa: E731
-    log_snr = drift(walks).log_snr
     tried = [(np.mean((here := off(at)) ** 2), at)]
     for _ in range(rounds):
         slopes = np.stack([(off(at + d) - here) / step for d in step * np.eye(2)], 1)

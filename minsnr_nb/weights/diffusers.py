@@ -50,7 +50,7 @@ def _levels(network: UNet) -> tuple[list[int], list[bool], int]:
     downs = [i for i, m in enumerate(network.down) if not isinstance(m, Stage)]
     cuts = [-1, *downs, len(network.down)]
     parts = [list(network.down)[a + 1 : b] for a, b in zip(cuts, cuts[1:], strict=False)]
-    widths = [part[0].block.conv1.out_channels for part in parts]  # type: ignore[union-attr]
+    widths: Any = [part[0].block.conv1.out_channels for part in parts]  # type: ignore[union-attr]
     attend = [not isinstance(part[0].attention, nn.Identity) for part in parts]
     return widths, attend, len(parts[0])
 
@@ -167,7 +167,7 @@ def to_twin(
     state: Mapping[str, Tensor],  # Its weights, in any precision
 ) -> dict[str, Tensor]:  # Of the `UNet2DModel` that `twin_config` describes
     "Name and cut weights as diffusers does"
-    out = {}
+    out: dict[str, Tensor] = {}
     for ours, theirs in tensor_names(network).items():
         parts = state[ours].split(_rows(network, ours, len(theirs)))
         out |= {name: part.clone() for name, part in zip(theirs, parts, strict=True)}
@@ -216,7 +216,7 @@ class Counterpart(NamedTuple):
 
     def make(self) -> UNet:
         "Make the network"
-        return MODELS.bind("unet", self.model)(self.shape, self.classes)  # type: ignore[return-value]
+        return MODELS.bind("unet", self.model)(self.shape, self.classes)
 
 
 def _refuse(config: Mapping) -> None:

@@ -96,7 +96,8 @@ def rename_hints(
             p, q = norms[id(x)], norms[id(y)]
             if x.shape == y.shape and abs(p - q) <= NEAR * max(p, q) and apart(x, y) <= NEAR:
                 found.append((apart(x, y), old, new))
-    hints, used = [], set()
+    hints: list[tuple[str, str, float]] = []
+    used: set[tuple[str, str]] = set()
     for far, old, new in sorted(found):
         if not {("a", old), ("b", new)} & used:
             hints.append((old, new, far))
