@@ -51,7 +51,12 @@ def tensor_row(
     row: dict[str, Any] = {"name": name, "shape": list(value.shape)}
     row |= {"type": str(value.dtype).removeprefix("torch."), "numbers": value.numel()}
     row |= {"norm": x.norm().item()}
-    told = {"mean": x.mean, "std": lambda: x.std(correction=0), "low": x.min, "high": x.max}
+    told: dict[str, Any] = {
+        "mean": x.mean,
+        "std": lambda: x.std(correction=0),
+        "low": x.min,
+        "high": x.max,
+    }
     row |= {k: read().item() if len(x) else None for k, read in told.items()}
     return row | {"not finite": int((~fine).sum())}
 
