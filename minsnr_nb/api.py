@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['ACTS', 'refuse_elsewhere', 'train_run', 'differences_told', 'config_of', 'cache_latents', 'free_latents',
-           'resume_run', 'read_tensors', 'fill', 'length_of', 'snapshots_of', 'remade', 'checkpointed', 'load_network',
-           'eval_run', 'sample_run', 'fork_run', 'continue_run', 'verify_run', 'promote_run', 'sample_model',
-           'eval_model', 'eval_autoencoder', 'recon', 'open_pipeline', 'refuse_words', 'draw_picture']
+           'resume_run', 'fill', 'length_of', 'snapshots_of', 'remade', 'checkpointed', 'load_network', 'eval_run',
+           'sample_run', 'fork_run', 'continue_run', 'verify_run', 'promote_run', 'sample_model', 'eval_model',
+           'eval_autoencoder', 'recon', 'open_pipeline', 'refuse_words', 'draw_picture', 'weights_file',
+           'average_weights', 'convert_weights', 'scales_run', 'calibrate_run']
 
 # %% ../nbs/72_api.ipynb #575bd3de
+import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -20,8 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import nn
 
 from .checkpoint import restore, save_checkpoint
@@ -29,9 +30,24 @@ from .record.generations import CheckpointError, find_checkpoint, problems
 from .config import Config, Lane, config_diff
 from .errors import ConfigError, MinsnrError, nearest
 from .vae.autoencoder import difference_map, reconstruction
-from .durable import claim, desk, digest, make_dir, put_new, sha256
+from .weights.tensors import TYPES, averaged, read_tensors, recast, tensor_file
+from .weights.diffusers import CONFIG, WEIGHTS, read_twin, to_twin, twin_config
+from .durable import claim, desk, digest, make_dir, publish_files, put_new, sha256
 from .ema import mix_of_snapshots
 from .evaluate import first_images, report
+from minsnr_nb.analysis.scales import (
+    Walks,
+    drift,
+    drift_figure,
+    fit_table,
+    measured_table,
+    paired_kid,
+)
+from .metrics import feature_net, kid
+from .objective import evaluating
+from .seeds import stream
+from .strict_yaml import write_yaml
+from .unet import UNet
 from minsnr_nb.record.evaluations import (
     differing,
     evaluation_id,
@@ -40,7 +56,7 @@ from minsnr_nb.record.evaluations import (
     read_record,
 )
 from .record.events import EventLog, printed, read_events
-from .guard import MAX_INFLATED, places_in, read_plain, tensor_bytes, weights_facts
+from .guard import MAX_INFLATED, places_in, read_plain, weights_facts
 from .data import BucketSet, pixels, safe_name
 from .images.codec import CARD, Codec, codec_card, kl_codec
 from .images.files import read_image
@@ -61,7 +77,7 @@ from .record.promote import Model, find_model, promote
 from .record.repro import verify
 from .pipeline.pipeline import Pipeline, Strip, hole, squarish
 from .pipeline.steering import under
-from .samplers import denoiser, guided
+from .samplers import denoiser, guided, scaled
 from .settings import project_root, settings
 from .guard import inside
 from .processes.shards import refuse_processes
@@ -289,16 +305,6 @@ def _begin_again(run: Run, cfg: Config, lab: Lab) -> Callable[[Loop], None] | No
     return begin
 
 # %% ../nbs/72_api.ipynb #2e8e7ab7
-def read_tensors(
-    path: str | Path,  # A .safetensors file
-) -> dict[str, torch.Tensor]:
-    "Read weights, or say in one line that they are damaged"
-    try:
-        return load_tensors(tensor_bytes(path))
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as e:
-        raise MinsnrError(f"{path}: cannot be read as weights: {str(e).splitlines()[0]}") from None
-
-
 def fill(
     network: nn.Module,  # Changed in place
     path: str | Path,  # A .safetensors file
@@ -530,6 +536,7 @@ class _Source(NamedTuple):
         if judge.classes:
             how = judge.guidance, judge.interval
             denoise = under(guided(denoise, ask[0], *how), _class_of(lab, self.kind)[0])
+        denoise = scaled(denoise, ask[0], judge.eps_scale)
         return Pipeline(denoise, *about, lab.cfg.eval.batch_size)
 
 # %% ../nbs/72_api.ipynb #4e1e1ee5
@@ -1091,3 +1098,193 @@ def draw_picture(
         return kept, dict(strip.values)
     make_dir(out or ".")
     return put_new(Path(out or ".") / file, data), dict(strip.values)
+
+# %% ../nbs/72_api.ipynb #e4d1b0c8
+def weights_file(
+    name: str | Path,  # A .safetensors file, a run, local://NAME[@VERSION], a folder of diffusers
+    weights: str = "last",  # Of a run: "last" or "best"
+    models: str | Path | None = None,  # Where models live; settings.ini decides otherwise
+) -> Path:  # Of the tensors
+    "Find the file that holds the weights"
+    if str(name).startswith("local://"):
+        model = find_model(str(name), models or settings(project_root())["models"])
+        return model.path / "model.safetensors"
+    path = Path(name)
+    within = next((f for f in (WEIGHTS, "ema.safetensors") if (path / f).is_file()), None)
+    if path.is_file() or within:
+        return path / within if within else path
+    run = open_run(path)
+    file = inside(run.path, f"artifacts/checkpoints/{weights}.safetensors")
+    if not file.is_file():
+        raise ConfigError(f"{file}: not there; the run has not saved {weights!r} weights yet")
+    return file
+
+# %% ../nbs/72_api.ipynb #83db395b
+def _refuse_there(out: str | Path) -> Path:
+    "Refuse a place that is taken"
+    if os.path.lexists(out):
+        raise ConfigError(f"{out}: exists already, and is never replaced; give another name")
+    return Path(out)
+
+
+def average_weights(
+    names: list[str],  # As for `weights_file`, at least 2
+    out: str | Path,  # New .safetensors file
+    shares: list[float] | None = None,  # Of each; equal when None
+) -> Path:
+    "Average the weights of several files"
+    files = {f"{n} (file {k})": weights_file(n) for k, n in enumerate(names, 1)}
+    made = averaged({n: read_tensors(f) for n, f in files.items()}, shares)
+    made_from = " ".join(sha256(f) for f in files.values())
+    make_dir(_refuse_there(out).absolute().parent)
+    return put_new(out, tensor_file(made, made_from))
+
+# %% ../nbs/72_api.ipynb #15a76654
+def convert_weights(
+    name: str | Path,  # As for `weights_file`; to minsnr: a folder of diffusers
+    to: str,  # fp16, bf16, fp32: a file; diffusers, minsnr: a folder
+    out: str | Path,  # New file or folder
+    weights: str = "last",  # Of a run
+    models: str | Path | None = None,  # Where models live; settings.ini decides otherwise
+) -> tuple[Path, str]:  # What was made, and a line about it
+    "Write weights in another precision, or for another library"
+    if to not in (known := (*TYPES, "diffusers", "minsnr")):
+        raise ConfigError(f"--to {to!r} is none" + nearest(to, known))
+    out = _refuse_there(out)
+    if to in TYPES:
+        file = weights_file(name, weights, models)
+        made, lost = recast(read_tensors(file), to)
+        told = f"{len(made)} tensors; rounding moved none by more than {lost:.2g} of its norm"
+        make_dir(out.absolute().parent)
+        return put_new(out, tensor_file(made, sha256(file))), told
+    files, told = _for_us(name) if to == "minsnr" else _for_diffusers(name, weights, models)
+    make_dir(out.absolute().parent)
+    return publish_files(out, files), told
+
+
+def _for_us(name: str | Path) -> tuple[dict[str, bytes], str]:
+    "A UNet2DModel as our network: its weights, and the sections of a config that makes it"
+    found, state = read_twin(name)
+    about = {"model": {"name": "unet"} | found.model | ({"classes": True} if found.classes else {})}
+    told = "images of {}x{}x{}".format(*found.shape)
+    told += f", {found.classes} classes" if found.classes else ""
+    files = {"model.safetensors": tensor_file(state), "model.yaml": write_yaml(about).encode()}
+    return files, f"the network of model.yaml, for {told}"
+
+# %% ../nbs/72_api.ipynb #fcfe65ec
+def _for_diffusers(name: str | Path, weights: str, models: Any) -> tuple[dict[str, bytes], str]:
+    "Our network as a folder that UNet2DModel.from_pretrained reads"
+    loose = Path(name).is_file() and not (Path(name).absolute().parent / "../../meta").is_dir()
+    if loose or (Path(name) / CONFIG).is_file():
+        which = "a run, a checkpoint in one, or local://NAME"
+        raise ConfigError(f"{name}: does not say which network it belongs to; give {which}")
+    it = _source(name, weights, (), "cpu", models)
+    if not isinstance(it.network, UNet):
+        what = f"model.name: {it.own.model.name!r} has no counterpart in diffusers; unet has one"
+        raise ConfigError(f"{name}: {what}")
+    config = twin_config(it.network, it.lab.source.nominal)
+    state = to_twin(it.network, it.network.state_dict())
+    told = f"a UNet2DModel that predicts {it.own.objective.prediction}"
+    files = {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+    return files | {WEIGHTS: tensor_file(state, "")}, told
+
+# %% ../nbs/72_api.ipynb #354c821b
+def _walks(it: _Source, n: int, seed: int) -> Walks:
+    "How a run's sampler walks"
+    judge, lab = it.lab.evaluator, it.lab
+    if judge.guidance != 1:
+        why = "guidance changes the norm of the predicted noise by design"
+        raise ConfigError(f"sampler.guidance: {why}; sampler.guidance=1 measures the network")
+    if isinstance(lab.train, BucketSet):
+        raise ConfigError("data.resize: drift is measured for images of one size; square and cover")
+    schedule, labels = judge.schedule.to(lab.device), judge.asked_labels()[0]
+    ask = denoiser(it.network, schedule, judge.prediction, judge.sigma_data)
+    about = (ask, schedule, judge.sampler, judge.asked()[0], n, stream(seed, "scales"))
+    return Walks(*about, labels, judge.drawn_labels(judge.train, n))
+
+
+def _kids(it: _Source, table: tuple, n: int, seed: int) -> dict[str, float]:
+    "KID with and without a table, on samples from the same noise"
+    judge, see = it.lab.evaluator, feature_net(it.lab.train)
+    drawn = [
+        replace(judge, eps_scale=t).draw(it.network, n, seed=seed).to("cpu") for t in (None, table)
+    ]
+    real = see.of(judge.train, torch.arange(min(len(judge.train), 10_000)))
+    found = paired_kid(see(drawn[0]), see(drawn[1]), real)._asdict()
+    before, after = (next(iter(kid(x, judge.train).values())) for x in drawn)
+    return {"before": before, "after": after} | found
+
+# %% ../nbs/72_api.ipynb #723cfd94
+def scales_run(
+    name: str | Path,  # A run directory, a checkpoint in one, or local://NAME[@VERSION]
+    n: int = 500,  # Samples, drawn at once
+    seed: int = 0,  # Of all noise
+    overrides: tuple[str, ...] = (),  # In the section `sampler`
+    weights: str = "last",  # Of a run
+    device: str | None = None,
+    out: str | Path | None = None,  # A directory instead of the run's
+    models: str | Path | None = None,  # Where models live
+    warn: Callable[[str], None] = quiet,  # Called with lines a person should see
+) -> tuple[Path, dict[str, Any]]:  # The picture, and everything that was measured
+    "Measure how far predicted noise drifts in sampling, and what a table against it does"
+    _refuse_numbers(n, seed)
+    if n < 3:
+        raise ConfigError(f"n={n}: at least 3 samples are compared")
+    it = _source(name, weights, tuple(overrides), device, models)
+    with threads(it.run.threads() if it.run else 0), switches(it.own.train):
+        walks = _walks(it, n, seed)
+        with evaluating(it.network):
+            table = fit_table(walks)
+            fresh = replace(walks, rng=stream(seed, "scales/fresh"))
+            before, after = drift(fresh), drift(fresh, table)
+        kids = _kids(it, table, n, seed)
+    found = {"weights": it.label, "sampler": it.lab.cfg.sampler.model_dump(mode="json"), "n": n}
+    found |= {"seed": seed, "before": _plain(before), "after": _plain(after)}
+    found |= {"eps_scale": [list(pair) for pair in table], "kid": kids}
+    return _keep_scales(it, found, png(drift_figure(before, after)), out, warn), found
+
+# %% ../nbs/72_api.ipynb #908506ce
+def _plain(found: Any) -> dict[str, Any]:
+    "A drift as plain values; log SNR is none where there is no image"
+    rows = found._asdict() | {"size": found.size}
+    return rows | {"log_snr": [x if np.isfinite(x) else None for x in found.log_snr]}
+
+
+def _keep_scales(it: _Source, found: dict, picture: bytes, out: Any, warn: Callable) -> Path:
+    "Store picture and numbers: in the run with a record, or in a directory"
+    decides = it.decides({"act": "scales", "n": found["n"], "seed": found["seed"]})
+    file = f"scales_{it.label}_{_drawn(it.lab.cfg, decides)}"
+    values = {f"scales/kid/{k}": v for k, v in found["kid"].items()}
+    for when in ("before", "after"):
+        values[f"scales/{when}"] = found[when]["size"]
+        rows = zip(found[when]["t"], found[when]["ratio"], strict=True)
+        values |= {f"scales/{when}/t={t:g}": ratio for t, ratio in rows}
+    if it.run and not out:
+        return _keep_samples(it.run, decides, it.run.grids / file, picture, list, warn, **values)
+    make_dir(out or ".")
+    place = Path(out or ".") / file
+    put_new(place.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
+    return put_new(place, picture)
+
+# %% ../nbs/72_api.ipynb #837e46b5
+def calibrate_run(
+    name: str | Path,  # A run directory, a checkpoint in one, or local://NAME[@VERSION]
+    bins: int = 20,  # Of log SNR
+    weights: str = "last",  # Of a run
+    device: str | None = None,
+    models: str | Path | None = None,  # Where models live
+) -> tuple[str, dict[str, Any]]:  # YAML of a `loss` section, and what was measured
+    "Measure the x0 error of each level, and write its inverse as a weighting"
+    if not 2 <= bins <= 200:
+        raise ConfigError(f"--bins {bins}: between 2 and 200")
+    it = _source(name, weights, (), device, models)
+    judge = it.lab.evaluator
+    judge = replace(judge, cfg=judge.cfg.model_copy(update={"probe_bins": bins}))
+    with threads(it.run.threads() if it.run else 0), switches(it.own.train):
+        asked, again = (replace(judge, seed=judge.seed + k).probe(it.network) for k in (0, 1))
+    error = asked["per_bin"]["x0"]
+    table = measured_table(asked["centre"], error)
+    share = again["per_bin"]["x0"] * torch.tensor(table["weight"])
+    rows = {"error": error.tolist(), "contribution": share.tolist()}
+    about = f"# 1 / x0 error of {it.label} on held-out images, at the middle of {len(error)} bins"
+    return f"{about}\n{write_yaml({'loss': {'name': 'measured'} | table})}", table | rows

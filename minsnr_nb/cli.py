@@ -998,6 +998,162 @@ def _data_loader_check(
     _say(f"any step without the ones before it: {'yes' if done.direct else 'NO'}")
     return int(not done.ok)
 
+# %% ../nbs/73_cli.ipynb #101b7833
+_Weights = Annotated[str, {"metavar": "FILE|RUN|MODEL"}]
+_WeightsMany = Annotated[str, {"metavar": "FILE|RUN|MODEL", "nargs": "+"}]
+
+
+@_verb("ckpt show")
+def _ckpt_show(
+    run: _Weights,  # A .safetensors file, a run, local://NAME, or a folder of diffusers
+    *,
+    weights: _Slot = "last",  # Which averaged weights of a run
+    json: bool = False,  # For scripts
+) -> None:
+    "Say what is in a weights file: minsnr ckpt show FILE|RUN|MODEL [--json]"
+    from minsnr_nb.api import weights_file
+    from minsnr_nb.weights.tensors import read_tensors, tensor_rows
+
+    file = weights_file(run, weights)
+    rows = tensor_rows(read_tensors(file))
+    if json:
+        return _say(_as_json({"file": str(file), "tensors": rows}))
+    sizes = {"shape": lambda r: "x".join(map(str, r["shape"])) or "-"}
+    _say(_columns([r | {k: f(r) for k, f in sizes.items()} for r in rows]))
+    bad = sum(r["not finite"] for r in rows)
+    _say(
+        f"{len(rows)} tensors, {sum(r['numbers'] for r in rows)} numbers, {bad} not finite: {file}"
+    )
+
+# %% ../nbs/73_cli.ipynb #a2439ecc
+@_verb("ckpt diff")
+def _ckpt_diff(
+    *run: _WeightsMany,  # Two of them, as for ckpt show
+    weights: _Slot = "last",  # Which averaged weights of a run
+    json: bool = False,  # For scripts
+    most: _Number = 20,  # Rows of the table
+) -> int:
+    "Compare two weights files: minsnr ckpt diff A B"
+    from minsnr_nb.api import weights_file
+    from minsnr_nb.weights.tensors import difference, read_tensors
+
+    if len(run) != 2 or most < 1:
+        raise ConfigError(f"ckpt diff: takes two files, not {len(run)}, and --most is at least 1")
+    found = difference(*(read_tensors(weights_file(r, weights)) for r in run))
+    if json:
+        _say(_as_json(found._asdict() | {"same": found.same}))
+    else:
+        _tell_difference(found, most)
+    return int(not found.same)
+
+
+def _tell_difference(found: Any, most: int) -> None:
+    "Print what differs, the largest first"
+    either = lambda pair: pair[0] if pair[0] == pair[1] else f"{pair[0]} -> {pair[1]}"  # noqa: E731
+    for change in found.changed[:most]:
+        change |= {k: either(change[k]) for k in ("shapes", "types")}
+    if found.changed:
+        _say(_columns(found.changed[:most]))
+    for names, sign in ((found.only_a, "-"), (found.only_b, "+")):
+        _say("\n".join(f"{sign} {name}" for name in names)) if names else None
+    for old, new, far in found.renamed:
+        _say(f"{old} -> {new}: " + (f"renamed? {far:.2g} apart" if far else "renamed? equal"))
+    apart = f"{len(found.changed)} changed, {len(found.only_a)} only in the first"
+    _say(f"{found.equal} equal, {apart}, {len(found.only_b)} only in the second")
+
+# %% ../nbs/73_cli.ipynb #0b7d91a0
+_Made = Annotated[str | None, {"metavar": "NEW", "required": True}]
+_To = Annotated[str, {"metavar": "fp16|bf16|fp32|diffusers|minsnr", "opt": True, "required": True}]
+_Shares = Annotated[list[float] | None, {"metavar": "SHARE", "nargs": "+", "type": float}]
+
+
+@_verb("ckpt convert")
+def _ckpt_convert(
+    run: _Weights,  # As for ckpt show; --to minsnr takes a folder of diffusers
+    *,
+    to: _To,  # A precision (NEW is a file), or a library (NEW is a folder)
+    out: _Made = None,  # Must not exist
+    weights: _Slot = "last",  # Which averaged weights of a run
+    trust_code: _Hash = None,  # Accept the run's own code, once you have read it
+) -> None:
+    "Write weights in another precision or for another library: minsnr ckpt convert RUN --to diffusers --out NEW"
+    from minsnr_nb.api import convert_weights
+
+    made, told = convert_weights(run, to, str(out), weights)
+    _say(f"{made}: {told}")
+
+
+@_verb("ckpt average")
+def _ckpt_average(
+    *run: _WeightsMany,  # Two or more, of one network
+    out: _Made = None,  # New .safetensors file
+    weights: _Shares = None,  # Of each, their sum is 1; equal when not given
+) -> None:
+    "Average the weights of one network: minsnr ckpt average A B --out NEW [--weights 0.3 0.7]"
+    from minsnr_nb.api import average_weights
+
+    _say(average_weights(list(run), str(out), weights))
+
+# %% ../nbs/73_cli.ipynb #212af8f2
+@_verb("scales")
+def _scales(
+    run: _Run,  # Run directory, id, beginning of an id, or local://NAME
+    *overrides: _Pair,  # Settings of the sampler
+    sampler: _Text = None,  # Another one than the config's, with its own keys
+    steps: _Steps = None,  # Of the sampler
+    n: int = 500,  # Samples, drawn at once
+    seed: int = 0,  # Of all noise
+    weights: _Average = "last",  # Which averaged weights; ema_0.2 is made from snapshots
+    out: _Dir = None,  # Instead of the run; a model's go to .
+    json: bool = False,  # For scripts
+    device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
+    trust_code: _Hash = None,  # Accept the run's own code, once you have read it
+) -> None:
+    "Measure how predicted noise drifts in sampling: minsnr scales RUN --sampler ddim --steps 20"
+    from minsnr_nb.api import scales_run
+
+    how: dict = {"weights": weights, "device": device, "out": out, "warn": _warn}
+    file, found = scales_run(run, n, seed, _sampler_keys(overrides, sampler, steps), **how)
+    if json:
+        return _say(_as_json(found | {"picture": str(file)}))
+    _tell_scales(found)
+    _say(file)
+
+
+def _tell_scales(found: dict) -> None:
+    "Print the ratios, the table, and what it did"
+    a, b, k = found["before"], found["after"], found["kid"]
+    keys = {"t": a["t"], "log SNR": a["log_snr"], "ratio": a["ratio"], "+-": a["error"]}
+    lines = zip(*keys.values(), b["ratio"], strict=True)
+    _say(_columns([dict(zip([*keys, "with eps_scale"], line, strict=True)) for line in lines]))
+    _say(f"drift (RMS of ratio - 1, other noise): {a['size']:.4f}, with eps_scale {b['size']:.4f}")
+    _say(f"sampler.eps_scale={_json.dumps(found['eps_scale'])}")
+    kids = f"KID {k['before']:.6g} before, {k['after']:.6g} after: {k['difference']:+.3g}"
+    inside = k["low"] <= 0 <= k["high"]
+    verdict = "no difference is shown" if inside else "better" if k["high"] < 0 else "worse"
+    _say(f"{kids}, 95 % [{k['low']:+.3g}, {k['high']:+.3g}], {verdict} (n = 1 run)")
+
+# %% ../nbs/73_cli.ipynb #7f98c3ea
+@_verb("calibrate")
+def _calibrate(
+    run: _Run,  # Run directory, id, beginning of an id, or local://NAME
+    *,
+    bins: _Number = 20,  # Of log SNR
+    weights: _Average = "last",  # Which averaged weights; ema_0.2 is made from snapshots
+    out: Annotated[str | None, {"metavar": "NEW"}] = None,  # A YAML file; stdout when not given
+    json: bool = False,  # For scripts
+    device: _Text = None,  # auto, cpu, cuda, mps; settings.ini has the default
+    trust_code: _Hash = None,  # Accept the run's own code, once you have read it
+) -> None:
+    "Make a weighting of a run's own error: minsnr calibrate RUN [--out NEW.yaml]"
+    from minsnr_nb.api import calibrate_run
+    from minsnr_nb.durable import put_new
+
+    text, found = calibrate_run(run, bins, weights, device)
+    if out:
+        put_new(out, text)
+    _say(_as_json(found) if json else out or text.rstrip())
+
 # %% ../nbs/73_cli.ipynb #4c7c2d96
 class _OneLine(argparse.ArgumentParser):
     "A parser whose complaints are one line"

@@ -17,7 +17,7 @@ import operator
 from pathlib import Path
 from typing import Annotated, Any, Callable, ClassVar, Iterable, Literal, Mapping, NamedTuple
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -107,6 +107,10 @@ class ModelLane(Lane):
         return data | {"drop": 0.1} if asked else data
 
 # %% ../nbs/00_config.ipynb #5605c402
+_Finite = Annotated[float, Gt(-float("inf")), Lt(float("inf"))]
+_Pairs = Annotated[tuple[tuple[_Finite, Positive], ...], MinLen(1)]
+
+
 class SamplerLane(Lane):
     "Sampler, and how strongly it follows a class"
 
@@ -116,6 +120,8 @@ class SamplerLane(Lane):
     "Factor on what a class changes in the answer; 1: the answer for the class alone"
     interval: Annotated[tuple[float, float] | None, Field(exclude_if=_absent)] = None
     "Lowest and highest log SNR at which guidance acts; none: at all levels"
+    eps_scale: Annotated[_Pairs | None, Field(exclude_if=_absent)] = None
+    "Pairs of log SNR, rising, and what the predicted noise is divided by there; none: as it is"
 
 # %% ../nbs/00_config.ipynb #50dae679
 class OptimSection(BaseModel):
@@ -320,6 +326,9 @@ def _class_problems(model: ModelLane, sampler: SamplerLane) -> list[tuple[tuple,
     if interval and interval[0] >= interval[1]:
         msg = f"the lower log SNR comes first, and {interval[0]} is not below {interval[1]}"
         out.append((("sampler", "interval"), msg))
+    nodes = [log_snr for log_snr, _ in sampler.eps_scale or ()]
+    if any(b <= a for a, b in zip(nodes, nodes[1:], strict=False)):
+        out.append((("sampler", "eps_scale"), f"log SNR must rise from pair to pair: {nodes}"))
     return out
 
 # %% ../nbs/00_config.ipynb #7c73e13c

@@ -24,7 +24,7 @@ from .images.latents import LatentBuckets, Latents
 from .judge.likelihood import bits_per_dim
 from .metrics import anchors, keep
 from .objective import evaluating, probe_loss
-from .samplers import denoiser, guided, sample
+from .samplers import denoiser, guided, sample, scaled
 from .schedule import NoiseSchedule
 from .seeds import stream
 
@@ -108,6 +108,7 @@ class Evaluator:
     classes: bool = False  # Whether the network is told classes
     guidance: float = 1.0  # Factor on what a class changes; 1: no guidance
     interval: tuple[float, float] | None = None  # Log SNR at which it acts
+    eps_scale: tuple[tuple[float, float], ...] | None = None  # What predicted noise is divided by
 
     def __post_init__(self):
         sets = {"training": self.train, "held-out": self.test}
@@ -125,6 +126,7 @@ class Evaluator:
         seed, schedule = self.seed if seed is None else seed, self.schedule.to(self.device)
         denoise = denoiser(model, schedule, self.prediction, self.sigma_data)
         denoise = guided(denoise, schedule, self.guidance, self.interval)
+        denoise = scaled(denoise, schedule, self.eps_scale)
         how: dict[str, Any] = {"batch_size": self.cfg.batch_size, "device": self.device}
 
         def some(n: int, shape: tuple, purpose: str, of: ImageSet) -> Tensor:
@@ -143,15 +145,6 @@ class Evaluator:
     def anchors(self) -> dict[str, float]:
         "What noise and held-out images score"
         return anchor_values(self)
-
-    def asked(self) -> list[Tensor]:
-        "The held-out images that the network is asked about, one tensor for each shape"
-        n = min(self.cfg.probe_images, len(self.test))
-        if self.latents:
-            parts, how = self.latents.parts, (0, self.seed, "probe/posterior")
-            drawn = (parts[k].draw(i, *how) for k, i in first_ones(self.test, n))
-            return [z.to(self.device) for z in drawn]
-        return [x.to(self.device) for x in first_images(self.test, n)]
 
 # %% ../nbs/62_evaluate.ipynb #evprobe1
 @patch
@@ -179,6 +172,17 @@ def drawn_labels(
     if not self.classes:
         return None
     return class_turns(of.labels, n) if label is None else torch.full((n,), label)
+
+
+@patch
+def asked(self: Evaluator) -> list[Tensor]:
+    "The held-out images that the network is asked about, one tensor for each shape"
+    n = min(self.cfg.probe_images, len(self.test))
+    if self.latents:
+        parts, how = self.latents.parts, (0, self.seed, "probe/posterior")
+        drawn = (parts[k].draw(i, *how) for k, i in first_ones(self.test, n))
+        return [z.to(self.device) for z in drawn]
+    return [x.to(self.device) for x in first_images(self.test, n)]
 
 
 @patch

@@ -454,6 +454,7 @@ def _evaluator(cfg: Config, schedule: NoiseSchedule, where: torch.device, sets: 
         classes=cfg.model.classes,
         guidance=cfg.sampler.guidance,
         interval=cfg.sampler.interval,
+        eps_scale=cfg.sampler.eps_scale,
         metrics={m.name: METRICS.bind(m.name, m.keywords) for m in cfg.metrics},
         cfg=cfg.eval,
         seed=cfg.seed,

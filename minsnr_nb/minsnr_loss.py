@@ -7,12 +7,13 @@ __all__ = ['WEIGHTINGS', 'Snr', 'SnrCurve', 'Weight', 'PROBES', 'min_snr', 'limi
            'uniform_x0', 'uniform_eps', 'uniform_v', 'constant', 'uniform_u', 'uniform_score', 'max_snr', 'trunc_snr',
            'soft_min_snr', 'p2', 'debiased', 'inv_snr', 'edm', 'whole_curve', 'snr_speed', 'elbo', 'sigmoid',
            'contains_density', 'with_density', 'drawn_from', 'uniform_logsnr', 'laplace', 'logit_normal',
-           'edm_lognormal', 'cosmap']
+           'edm_lognormal', 'cosmap', 'through', 'measured']
 
 # %% ../nbs/30_minsnr_loss.ipynb #aba10bbe
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -353,3 +354,33 @@ def cosmap(snr: SnrCurve) -> Weight:
     tau = 1 / (1 + whole_curve(snr).sqrt())
     speed = width(tau) * len(snr)  # |dτ/du|
     return uniform_u(snr) * log_cosmap(tau).exp() * speed
+
+# %% ../nbs/30_minsnr_loss.ipynb #9e6d1f9e
+def through(
+    nodes: Sequence[float],  # Where values are known, rising
+    values: Sequence[float],  # There, as many
+    x: Tensor,  # Any shape; may be infinite
+) -> Tensor:  # Like `x`, float64
+    "Draw straight lines through points, and keep the last values beyond the ends"
+    if len(nodes) != len(values) or any(b <= a for a, b in pairwise(nodes)):
+        shown = f"{len(nodes)} levels for {len(values)} values"
+        raise ConfigError(f"table: {shown}; as many are needed, and levels that rise")
+    at_nodes = x.new_tensor(nodes, dtype=torch.float64)
+    heights = x.new_tensor(values, dtype=torch.float64)
+    if len(nodes) == 1:
+        return torch.full_like(x, values[0], dtype=torch.float64)
+    x = x.double().clamp(nodes[0], nodes[-1])
+    k = torch.searchsorted(at_nodes, x).clamp(1, len(nodes) - 1)
+    share = (x - at_nodes[k - 1]) / (at_nodes[k] - at_nodes[k - 1])
+    return torch.lerp(heights[k - 1], heights[k], share)
+
+
+@WEIGHTINGS.register
+def measured(
+    snr: Snr,
+    *,
+    log_snr: tuple[float, ...] = (0.0,),  # Levels, rising; `minsnr calibrate` writes them
+    weight: tuple[Positive, ...] = (1.0,),  # On the x0 error at each level
+) -> Weight:
+    "a table, such as 1 / a run's own x0 error at each level; flat without one"
+    return through(log_snr, [math.log(w) for w in weight], snr.log()).exp()

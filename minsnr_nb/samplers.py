@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Denoise', 'Spacing', 'SAMPLERS', 'CLEAN', 'PathSpacing', 'Stir', 'denoiser', 'spaced', 'Steps', 'pairs', 'Images',
            'walk', 'ddpm', 'ddim', 'Level', 'move', 'by_sigma', 'by_timestep', 'places', 'stirrer', 'follow', 'stirred',
-           'euler', 'heun', 'log_ratio', 'dpmpp_2m', 'sample', 'guided']
+           'euler', 'heun', 'log_ratio', 'dpmpp_2m', 'sample', 'guided', 'rescaled', 'scaled']
 
 # %% ../nbs/60_samplers.ipynb #723db4fe
 import math
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .config import Fraction, NonNegative, Positive, PositiveInt
 from .errors import ConfigError
+from .minsnr_loss import through
 from .diffusion import SIGMA_DATA, Prediction, locate, time_of, x0_from
 from .objective import knowing
 from .registry import Registry
@@ -429,3 +430,36 @@ def guided(
         return none + guidance * (known - none)
 
     return guide
+
+# %% ../nbs/60_samplers.ipynb #e0678c38
+def rescaled(
+    x0_hat: Tensor,  # An answer, (B, C, H, W)
+    x_t: Tensor,  # To what, like `x0_hat`
+    t: int | float,  # At which level
+    schedule: NoiseSchedule,  # Gives the two factors
+    by: float,  # What the noise in the answer is divided by
+) -> Tensor:  # Like `x0_hat`; the same where there is no image, or no noise
+    "Shrink the noise that an answer leaves, and put the rest into the image"
+    levels, k = locate(schedule, t)
+    signal, noise = levels.signal[k].item(), levels.noise[k].item()
+    if by == 1 or signal == 0 or noise == 0:
+        return x0_hat
+    return x0_hat + (1 - 1 / by) * (x_t / signal - x0_hat)
+
+
+def scaled(
+    denoise: Denoise,  # From `denoiser` or `guided`
+    schedule: NoiseSchedule,  # Gives the log SNR of a level
+    eps_scale: tuple[tuple[float, float], ...] | None = None,  # (log SNR, factor); none: as it is
+) -> Denoise:
+    "Divide the predicted noise by a table; Ning et al. 2024, section 5"
+    if not eps_scale:
+        return denoise
+    nodes, factors = zip(*eps_scale, strict=True)
+
+    def scale(x_t: Tensor, t: int | float, **told: Tensor) -> Tensor:
+        levels, k = locate(schedule, t)
+        by = through(nodes, factors, levels.log_snr[k]).item()
+        return rescaled(denoise(x_t, t, **told), x_t, t, schedule, by)
+
+    return scale

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'Layer', 'NO_CLASS', 'Sinusoid', 'init', 'zero', 'time_embedding', 'ClassEmbedding', 'steering', 'MLP',
            'mlp', 'group_norm', 'conv', 'ResBlock', 'Heads', 'Attention', 'Double', 'Stage', 'level_sides', 'down_path',
-           'up_path', 'UNet', 'unet']
+           'up_path', 'UNet', 'regroup', 'unet']
 
 # %% ../nbs/40_unet.ipynb #0ea7505e
 from fastcore.basics import patch
@@ -417,10 +417,27 @@ def forward(  # noqa: F811  the method of another class
             h = layer(h)
     return self.head(h)
 
+# %% ../nbs/40_unet.ipynb #d0c9fb06
+def regroup(
+    network: UNet,  # Changed in place
+    groups: int,  # Of every normalisation; divides all widths, those behind a skip connection too
+) -> UNet:  # The same network
+    "Normalise all layers over one number of groups"
+    norms = [m for m in network.modules() if isinstance(m, nn.GroupNorm)]
+    if odd := [m.num_channels for m in norms if m.num_channels % groups]:
+        raise ConfigError(f"model.groups: {groups} does not divide {min(odd)} channels")
+    for m in norms:
+        m.num_groups = groups
+    return network
+
 # %% ../nbs/40_unet.ipynb #2c5b831b
 def _one(value: int) -> bool:
     "Whether a config says nothing new: before there were heads, it was written without"
     return value == 1
+
+
+def _unsaid(value: int | None) -> bool:
+    return value is None
 
 
 @MODELS.register
@@ -437,6 +454,11 @@ def unet(
     qk_norm: Annotated[
         bool, Field(exclude_if=not_)
     ] = False,  # Divide queries and keys by their RMS
+    groups: Annotated[
+        PositiveInt | None, Field(exclude_if=_unsaid)
+    ] = None,  # Of every normalisation; none: by the width of each
 ) -> UNet:
     "U-Net of Ho et al. 2020: convolutions, attention, skip connections"
-    return UNet(shape, ch, mult, blocks, attention, dropout, Heads(heads, qk_norm), classes)
+    look = Heads(heads, qk_norm)
+    network = UNet(shape, ch, mult, blocks, attention, dropout, look, classes)
+    return regroup(network, groups) if groups else network

@@ -64,6 +64,7 @@ OTHER = {  # another value for each key; a key that is missing here fails the fi
     "sampler.name": "ddpm",
     "sampler.guidance": 3.0,
     "sampler.interval": [-1.0, 1.0],
+    "sampler.eps_scale": [[-3.0, 1.5], [0.0, 1.2]],
     "metrics": [{"name": "kid", "real_images": 32}],
     "callbacks": [{"name": "log_events"}],
     "eval.every": 3,

@@ -475,6 +475,9 @@ EXECUTES = {  # verb -> words after it; {run} is a stranger's run, {model} its p
     "cache": ["{run}/config.resolved.yaml"],
     "vae": ["eval", "{run}"],
     "picture": ["{run}", "invert", "--n", "2"],
+    "ckpt convert": ["{run}", "--to", "diffusers", "--out", "{out}/folder"],
+    "scales": ["{run}", "--n", "4"],
+    "calibrate": ["{run}"],
 }
 READS = {
     "check": ["{run}"],
@@ -482,6 +485,9 @@ READS = {
     "compare": ["{run}", "{run}", "--out", "{out}/compare.html"],
     "export": ["{run}", "--dest", "{out}"],
     "list": ["weightings"],
+    "ckpt show": ["{run}"],
+    "ckpt diff": ["{run}", "{run}"],
+    "ckpt average": ["{run}", "{run}", "--out", "{out}/mean.safetensors"],
 }
 APART = {"smoke", "ask", "identify"}  # no run of somebody else's is loaded by them
 APART |= {

@@ -150,6 +150,11 @@ INF = float("inf")
 LIMITS = {
     ("uniform_eps", ()): ((0, INF), (1, 1), (0, 1)),
     ("uniform_x0", ()): ((1, 1), (INF, 0), (1, 0)),
+    ("measured", (("log_snr", (-2.0, 3.0)), ("weight", (0.5, 4.0)))): (
+        (0.5, 4),
+        (INF, 0),
+        (0.5, 0),
+    ),
     ("uniform_v", ()): ((1, INF), (INF, 1), (1, 1)),
     ("uniform_u", ()): ((1, INF), (INF, 1), (1, 1)),
     ("uniform_score", ()): ((0, INF), (1, INF), (0, INF)),

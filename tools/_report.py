@@ -22,6 +22,7 @@ FOLDERS = {
     "images": Folder(19, without=("record",)),
     "processes": Folder(19.5, without=("record",)),
     "judge": Folder(59, without=("record",)),
+    "weights": Folder(59.5, without=("record",)),
     "pipeline": Folder(62.3, without=("record",)),
     "vae": Folder(62.5, without=("record",)),
     "analysis": Folder(69, without=("record",)),

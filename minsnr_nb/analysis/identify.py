@@ -81,6 +81,8 @@ def families() -> Iterator[Family]:
             if "prediction" in parameters:
                 continue  # "constant" is another scheme for each prediction; those have names
             keys = {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+            if any(isinstance(p.default, tuple) for p in keys.values()):
+                continue  # a table can be anything
             choices = {k: _options(p) for k, p in keys.items() if _options(p)}
             free = {k: float(p.default) for k, p in keys.items() if k not in choices}
             above = tuple(k for k in free if keys[k].annotation is not float)
