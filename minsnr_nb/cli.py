@@ -1045,7 +1045,7 @@ def _run_files(
 def _job_told(job: Any, state: Any, queue: Path) -> None:
     "Say that a job begins, or how it ended"
     why = f": {state.reason}" if state.reason else ""
-    _warn(f"{queue.name}/{job.id} {job.name}: {state.name}{why}")
+    _warn(f"{job.id} {job.name}: {state.name}{why}")
 
 # %% ../nbs/73_cli.ipynb #3a35592e
 @_verb("queue add")

@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 from .. import durable
 from ..errors import ConfigError, MinsnrError, nearest, printable
 from ..guard import from_json, open_plain, read_plain
-from ..record.checks import is_sealed
 from ..record.directory import Run, list_runs
-from ..record.state import derive_state, label, read_status
+from ..record.state import derive_state, is_sealed, label, read_status
 from ..record.strict_json import json_or_none, to_json, utc_now
 from ..settings import SETTINGS, project_root, settings
 from ..strict_yaml import read_yaml
@@ -591,9 +590,10 @@ def job_facts(
     job: Job,
 ) -> dict:
     "What the list has no room for"
-    facts = {"command": typed_command(job), "in": job.cwd, "run": "", "output": ""}
+    first = job._replace(path=job.path / "never")  # as if there were no run yet
+    facts = {"command": typed_command(first), "in": job.cwd, "run": "", "output": ""}
     if run := run_of(job):
-        facts["run"] = str(run.path)
+        facts |= {"run": str(run.path), "goes on with": typed_command(job)}
     for path in outputs_of(job)[-1:]:
         facts |= {"output": str(path), "last line": last_line(job)}
     told = [f"{e.get('at_utc', '?')} {e.get('what', 'damaged')}{_more(e)}" for _, e in events_of(job)]

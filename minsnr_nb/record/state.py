@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'NOT_NUMBERS', 'FROZEN', 'REQUESTS', 'fence', 'set_status', 'read_status', 'beat', 'owner_of', 'is_ours',
            'lives', 'signs', 'still_for', 'recall', 'label', 'derive_state', 'watch', 'owner_said', 'Owned',
-           'attempts_of', 'refuse_owner', 'start_attempt', 'ask']
+           'attempts_of', 'refuse_owner', 'start_attempt', 'is_sealed', 'ask']
 
 # %% ../../nbs/record/16_state.ipynb #cd5ce3c1
 import os
@@ -279,6 +279,11 @@ def _tidy(run: Run, attempt: int) -> None:
     for log in (run.events_path, run.metrics_path) if attempt > 1 else ():
         if log.is_file():
             durable.renew(log, log.stat().st_size)
+
+# %% ../../nbs/record/16_state.ipynb #f0a4917a
+def is_sealed(run: Run) -> bool:
+    "Whether there is a seal; `check_run` tells whether it holds"
+    return (run.path / "meta/seal.json").is_file()
 
 # %% ../../nbs/record/16_state.ipynb #e7b6675e
 REQUESTS = ("checkpoint", "sample", "stop")  # in the order in which they are served
