@@ -363,11 +363,12 @@ def _given_up(phase: Phase) -> State:
 def state_of(
     job: Job,
     names: Iterable[str] | None = None,  # What is in its directory; listed when None
+    mine: bool = False,  # Whether the lease is our own, so that nobody else has it
 ) -> State:
     "Work out what a job is doing"
     phase = phase_of(events_of(job, names))
     if phase.name in ("began", "stopping", "pausing"):
-        held = durable.is_held(job.path / "lease")
+        held = False if mine else durable.is_held(job.path / "lease")
         if held is None and not _over(job):
             return State("running", phase, "no locks here; nobody can say whether it still is")
         if held:

@@ -204,7 +204,7 @@ def start_job(
     if lease is None:
         return None
     try:
-        state = state_of(job)
+        state = state_of(job, mine=True)
         if state.name != "waiting" or not _begun(job, state, slot):
             durable.let_go(lease)
             return None
