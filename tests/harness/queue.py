@@ -6,7 +6,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from minsnr_nb import durable
 from minsnr_nb.jobs import worker
-from minsnr_nb.jobs.queue import add_job, events_of, find_own_run, list_jobs, read_job
+from minsnr_nb.jobs.queue import add_job, events_of, list_jobs, read_job
 from minsnr_nb.record.directory import list_runs
 from minsnr_nb.record.state import attempts_of, is_sealed
 from tests import short_job
