@@ -217,9 +217,7 @@ def _step(phase: Phase, number: int, event: dict) -> Phase:
     "What one event makes of a phase"
     what, now = event.get("what"), phase._replace(number=number)
     if what == "start":
-        return now._replace(
-            name="began", attempts=phase.attempts + 1, died=phase.died + 1, said=""
-        )
+        return now._replace(name="began", attempts=phase.attempts + 1, died=phase.died + 1, said="")
     if what == "again":
         return now._replace(name="waiting", died=0, said="")
     if what == "stop":
@@ -597,7 +595,9 @@ def job_facts(
         facts |= {"run": str(run.path), "goes on with": typed_command(job)}
     for path in outputs_of(job)[-1:]:
         facts |= {"output": str(path), "last line": last_line(job)}
-    told = [f"{e.get('at_utc', '?')} {e.get('what', 'damaged')}{_more(e)}" for _, e in events_of(job)]
+    told = [
+        f"{e.get('at_utc', '?')} {e.get('what', 'damaged')}{_more(e)}" for _, e in events_of(job)
+    ]
     return facts | {f"event {n}": text for n, text in enumerate(told, 1)}
 
 

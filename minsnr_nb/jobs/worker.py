@@ -35,6 +35,7 @@ from minsnr_nb.jobs.queue import (
     events_of,
     find_own_run,
     job_row,
+    last_line,
     list_jobs,
     note_event,
     outputs_of,
@@ -67,7 +68,9 @@ def slots_of(
         if kind == "cpu":
             found += [Slot(f"cpu:{n}", "cpu") for n in range(min(int(number or 1), 256))]
         else:
-            found.append(Slot(f"{kind}:{number or 0}", f"cuda:{number or 0}" if kind == "cuda" else kind))
+            found.append(
+                Slot(f"{kind}:{number or 0}", f"cuda:{number or 0}" if kind == "cuda" else kind)
+            )
     if not found or len({s.name for s in found}) < len(found):
         raise ConfigError(f"--slots {text!r}: names no slot, or one of them twice")
     return found
@@ -239,7 +242,9 @@ def _not_started(job: Job, e: Exception) -> None:
     if phase.name != "began":  # not even the start could be noted: it waits for better times
         raise e
     name = getattr(e, "filename", None)
-    said = str(e) if isinstance(e, MinsnrError) else f"cannot be started: {getattr(e, 'strerror', e)}"
+    said = (
+        str(e) if isinstance(e, MinsnrError) else f"cannot be started: {getattr(e, 'strerror', e)}"
+    )
     note_event(job, "end", phase.number, code=2, said=f"{said}: {name}" if name else said)
 
 # %% ../../nbs/jobs/11_worker.ipynb #476c3675
@@ -470,7 +475,11 @@ def count_jobs(
 ) -> Counted:
     "Count what became of jobs"
     names = Counter(r.state.name for r in found)
-    text = ", ".join(f"{names[k]} {k}" for k in ("completed", *sorted({*names} - {"completed"})) if names[k] or k == "completed")
+    text = ", ".join(
+        f"{names[k]} {k}"
+        for k in ("completed", *sorted({*names} - {"completed"}))
+        if names[k] or k == "completed"
+    )
     return Counted(text, any(k != "completed" for k in names), [job_row(r) for r in found])
 
 # %% ../../nbs/jobs/11_worker.ipynb #95c67231
