@@ -48,7 +48,6 @@ __all__ = [
     "digest",
     "hold",
     "is_held",
-    "let_go",
     "make_dir",
     "open_desk",
     "publish",
@@ -61,6 +60,7 @@ __all__ = [
     "sha256",
     "shared_desk",
     "staging",
+    "unhold",
     "whole_lines",
 ]
 
@@ -471,7 +471,7 @@ def hold(path) -> int | None:
     return fd
 
 
-def let_go(fd: int) -> None:
+def unhold(fd: int) -> None:
     "Close what `hold` has opened"
     with suppress(OSError):
         os.close(fd)

@@ -355,7 +355,7 @@ def test_queue_a_full_disk_at_any_moment_loses_nothing(place, monkeypatch):
         faulty = FaultyOS(at, fails_with(errno.ENOSPC))
         with monkeypatch.context() as m, pytest.MonkeyPatch.context():
             m.setattr(durable, "os", faulty)
-            m.setattr(worker, "AGAIN", 0.0)
+            m.setattr(worker, "RETRY_S", 0.0)
             try:
                 worker.work(place.queue, once=True)
             except MinsnrError as e:

@@ -544,7 +544,7 @@ def remove_job(
             durable.remove(place)
         finally:
             if lease is not None:
-                durable.let_go(lease)
+                durable.unhold(lease)
     return found.id
 
 # %% ../../nbs/jobs/10_queue.ipynb #71e2ac67
