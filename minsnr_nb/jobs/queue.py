@@ -113,7 +113,7 @@ def _places(queue: Path) -> list[str]:
 
 _NUMBER = re.compile(r"\d{4,9}")
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #3e0077f1
 def add_job(
     queue: str | Path,  # Directory of the queue; made when it is not there
     asked: Mapping[str, Any],  # From `job_of`
@@ -136,7 +136,7 @@ def add_job(
                 raise
             return read_job(place)
 
-# %% ../../nbs/jobs/10_queue.ipynb #4ba2147b
+# %% ../../nbs/jobs/10_queue.ipynb #7e4ab2d4
 def _checked(found: Any) -> str:
     "What is wrong with the content of job.json; nothing when it is sound"
     texts = lambda x: isinstance(x, list) and all(type(w) is str and "\0" not in w for w in x)  # noqa: E731
@@ -155,7 +155,7 @@ def _checked(found: Any) -> str:
         return "environ: holds more than settings"
     return ""
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #ecba23fa
 def read_job(
     place: str | Path,  # Its directory
 ) -> Job:
@@ -170,7 +170,7 @@ def read_job(
     keys = ("verb", "cwd", "name", "token", "environ", "deaths")
     return Job(path, words=tuple(found["words"]), **{k: found[k] for k in keys})
 
-# %% ../../nbs/jobs/10_queue.ipynb #ab6c9fe0
+# %% ../../nbs/jobs/10_queue.ipynb #cc2d313f
 _EVENT = re.compile(r"(\d{4,9})\.json")
 
 
@@ -191,7 +191,7 @@ def events_of(
     numbers = sorted(int(m[1]) for n in names if (m := _EVENT.fullmatch(n)))
     return [(n, _event(f"{job.path}/{n:04d}.json", job.token)) for n in numbers]
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #6944bb99
 def note_event(
     job: Job,
     what: str,  # start, end, stop, pause, again
@@ -202,7 +202,7 @@ def note_event(
     text = to_json({"what": what, "at_utc": utc_now(), **facts})
     return durable.claim(job.path / f"{after + 1:04d}.json", text)
 
-# %% ../../nbs/jobs/10_queue.ipynb #cc2d313f
+# %% ../../nbs/jobs/10_queue.ipynb #cc65325c
 class Phase(NamedTuple):
     "What the list of events says"
 
@@ -227,7 +227,7 @@ def _step(phase: Phase, number: int, event: dict) -> Phase:
         return now._replace(name="pausing" if phase.name == "began" else phase.name)
     return _ended(now, event) if what == "end" else now
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #511eb75b
 def _ended(now: Phase, event: dict) -> Phase:
     "What the end of a process means"
     code = event.get("code")
@@ -245,7 +245,7 @@ def _ended(now: Phase, event: dict) -> Phase:
         return now._replace(name="waiting", said=said)
     return now._replace(name="failed", said=said)
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #d5636f96
 def phase_of(
     events: Iterable[tuple[int, dict]],  # From `events_of`
 ) -> Phase:
@@ -255,7 +255,7 @@ def phase_of(
         phase = _step(phase, number, event)
     return phase
 
-# %% ../../nbs/jobs/10_queue.ipynb #cc65325c
+# %% ../../nbs/jobs/10_queue.ipynb #e8fdd3e0
 def note_run(
     path: str | Path,  # Of the run
 ) -> None:
@@ -275,7 +275,7 @@ def run_of(
         return run if path.is_absolute() and run.provenance_path.is_file() else None
     return None
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #3238a425
 def _option(words: Iterable[str], name: str) -> str | None:
     "The value of an option among words"
     words = list(words)
@@ -286,7 +286,7 @@ def _option(words: Iterable[str], name: str) -> str | None:
             return words[at + 1]
     return None
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #4ed89545
 def find_own_run(
     job: Job,
 ) -> Run | None:
@@ -302,7 +302,7 @@ def find_own_run(
                 return run
     return None
 
-# %% ../../nbs/jobs/10_queue.ipynb #d5636f96
+# %% ../../nbs/jobs/10_queue.ipynb #3828d7e7
 _KEPT = ("--device", "--processes", "--trust-code")
 
 
@@ -319,7 +319,7 @@ def command_of(
         return ["papermill", job.words[0], out, *job.words[1:], "--no-progress-bar"]
     return ["minsnr", *job.verb.split(), *job.words]
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #33c98dbd
 def typed_command(
     job: Job,
 ) -> str:  # For a shell
@@ -327,7 +327,7 @@ def typed_command(
     env = [f"{k}={shlex.quote(v)}" for k, v in job.environ.items()]
     return " ".join([*env, shlex.join(command_of(job))])
 
-# %% ../../nbs/jobs/10_queue.ipynb #e8fdd3e0
+# %% ../../nbs/jobs/10_queue.ipynb #a025247f
 class State(NamedTuple):
     "What a job is doing, worked out now"
 
@@ -341,7 +341,7 @@ def _completed(job: Job) -> bool | None:
     run = run_of(job) if job.verb in TRAINS else None
     return None if run is None else is_sealed(run)
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #734c3bec
 def _unheld(job: Job, phase: Phase) -> State:
     "The state of a job that has begun and on which nobody works"
     if _completed(job):
@@ -352,7 +352,7 @@ def _unheld(job: Job, phase: Phase) -> State:
         return _given_up(phase)
     return State("waiting", phase, f"its process died; attempt {phase.attempts} goes on")
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #71e2ac67
 def _given_up(phase: Phase) -> State:
     how = f" (the last one: {phase.said})" if phase.said else ""
     return State("failed", phase, f"its process died {phase.died} times{how}")
@@ -380,7 +380,7 @@ def state_of(
         return State("failed", phase, last_line(job) or phase.said)
     return State("completed" if phase.name == "ended" else phase.name, phase, phase.said)
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #ebf74490
 def _short_of_its_end(job: Job, phase: Phase) -> State:
     "A run obeyed a request: its process ended well, and it is not complete"
     run = run_of(job)
@@ -393,14 +393,14 @@ def _over(job: Job) -> bool:
     run = run_of(job) if job.verb in TRAINS else None
     return run is not None and derive_state(run) not in ("created", "running", "stopping")
 
-# %% ../../nbs/jobs/10_queue.ipynb #4ed89545
+# %% ../../nbs/jobs/10_queue.ipynb #21518bc6
 def outputs_of(
     job: Job,
 ) -> list[Path]:  # One file per start, oldest first
     "The files that hold what the processes of a job have printed"
     return sorted(job.path.glob("out-[0-9]*.log"))
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #7b1e5b45
 def last_line(
     job: Job,
 ) -> str:  # Fit for a terminal; empty when nothing was printed
@@ -412,7 +412,7 @@ def last_line(
             return printable(lines[-1].strip())[:300] if lines else ""
     return ""
 
-# %% ../../nbs/jobs/10_queue.ipynb #33c98dbd
+# %% ../../nbs/jobs/10_queue.ipynb #809e97de
 class Listed(NamedTuple):
     "One line of the list"
 
@@ -432,7 +432,7 @@ def _rank(queue: Path) -> Callable[[str], tuple]:
 def _unreadable(name: str, reason: str) -> Listed:
     return Listed(name, None, State("unreadable", Phase(), printable(" ".join(reason.split()))))
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #f806df57
 def _listed(place: Path) -> Listed | None:
     "One entry below jobs/; None for one that went away while we looked"
     if not _NUMBER.fullmatch(place.name):
@@ -450,7 +450,7 @@ def _listed(place: Path) -> Listed | None:
             return None
         return _unreadable(place.name, str(e).removeprefix(f"{place}{os.sep}"))
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #d628bb07
 @lru_cache(maxsize=1 << 14)
 def _job_at(place: str, stamp: tuple) -> Job:
     return read_job(place)
@@ -464,7 +464,7 @@ def _job(place: str) -> Job:
         raise MinsnrError(f"{place}/job.json: {e.strerror}") from None
     return _job_at(place, (s.st_ino, s.st_size, s.st_mtime_ns))
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #69e7a470
 def list_jobs(
     queue: str | Path,  # Its directory; one that is not there is empty
 ) -> list[Listed]:  # In the order in which they begin
@@ -474,7 +474,7 @@ def list_jobs(
     found = (_listed(queue / "jobs" / name) for name in names)
     return [one for one in found if one]
 
-# %% ../../nbs/jobs/10_queue.ipynb #a025247f
+# %% ../../nbs/jobs/10_queue.ipynb #6cd9400e
 def find_job(
     queue: str | Path,  # Its directory
     name: str,  # A number, or a name that only one job has
@@ -490,12 +490,12 @@ def find_job(
         raise ConfigError(f"{name!r}: {len(hits)} jobs have this name: {_ids(hits)}")
     raise ConfigError(f"no job {name!r} in {queue}" + (f"; there are {_ids(rows)}" if rows else ""))
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #62054eb9
 def _ids(rows: list[Listed]) -> str:
     shown = [r.id for r in rows]
     return ", ".join(shown if len(shown) < 12 else [*shown[:10], "…", shown[-1]])
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #237d2cf9
 def _told(queue: Path, name: str, what: str, allowed: tuple[str, ...], says: str) -> Job:
     "Add an event to a job in one of some states"
     with durable.shared_desk(queue):
@@ -508,7 +508,7 @@ def _told(queue: Path, name: str, what: str, allowed: tuple[str, ...], says: str
             if note_event(found.job, what, found.state.phase.number):
                 return found.job
 
-# %% ../../nbs/jobs/10_queue.ipynb #734c3bec
+# %% ../../nbs/jobs/10_queue.ipynb #bafd62b5
 def stop_job(
     queue: str | Path,
     name: str,  # A number or a name
@@ -517,7 +517,7 @@ def stop_job(
     says = "only a job that waits or runs can be stopped"
     return _told(Path(queue), name, "stop", ("waiting", "running"), says)
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #2b6d2f02
 def retry_job(
     queue: str | Path,
     name: str,  # A number or a name
@@ -526,7 +526,7 @@ def retry_job(
     says = "only one that failed or was stopped can be retried"
     return _told(Path(queue), name, "again", ("failed", "stopped"), says)
 
-
+# %% ../../nbs/jobs/10_queue.ipynb #fc74d0b5
 def remove_job(
     queue: str | Path,
     name: str,  # A number or a name
@@ -547,7 +547,7 @@ def remove_job(
                 durable.unhold(lease)
     return found.id
 
-# %% ../../nbs/jobs/10_queue.ipynb #71e2ac67
+# %% ../../nbs/jobs/10_queue.ipynb #7a985332
 def move_job(
     queue: str | Path,
     name: str,  # A number or a name
@@ -569,7 +569,7 @@ def move_job(
         durable.replace(queue / "order.json", to_json({"order": order}))
     return order
 
-# %% ../../nbs/jobs/10_queue.ipynb #21518bc6
+# %% ../../nbs/jobs/10_queue.ipynb #602c52f3
 def job_row(
     listed: Listed,
 ) -> dict:  # job, state, name, command, step, tries, and why
@@ -584,7 +584,7 @@ def job_row(
     row = {"job": job.id, "state": state.name, "name": job.name, "verb": job.verb, "step": step}
     return row | {"tries": state.phase.attempts, "why": state.reason}
 
-# %% ../../nbs/jobs/10_queue.ipynb #7b1e5b45
+# %% ../../nbs/jobs/10_queue.ipynb #2957fffb
 def job_facts(
     job: Job,
 ) -> dict:

@@ -202,7 +202,8 @@ def start_job(
     try:
         lease = durable.hold(job.path / "lease")
     except DurableError:
-        return None if not job.path.exists() else _lease_made(job)
+        _lease_made(job)
+        return None
     if lease is None:
         return None
     try:
@@ -224,7 +225,8 @@ def start_job(
 def _lease_made(job: Job) -> None:
     "Make a lease that somebody has lost; the job is started when it is looked at next"
     with suppress(DurableError):
-        durable.claim(job.path / "lease", b"")
+        if job.path.exists():
+            durable.claim(job.path / "lease", b"")
 
 # %% ../../nbs/jobs/11_worker.ipynb #39fb6c87
 def _begun(job: Job, state: State, slot: Slot) -> bool:
@@ -380,8 +382,8 @@ def _signals(take: Callable[[int], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 # %% ../../nbs/jobs/11_worker.ipynb #f541ea26
 def _pause_all(crowd: Crowd) -> None:
@@ -414,7 +416,8 @@ def work(
     look_at: Callable[[Working], None] = _say_nothing,  # Called at every look at a job
 ) -> Counter:  # State -> how many ended in it while we looked
     "Take jobs from a queue and do them"
-    queue, signals = Path(queue).resolve(), list[int]()
+    queue = Path(queue).resolve()
+    signals: list[int] = []
     durable.make_dir(queue / "jobs")
     crowd = Crowd(queue, slots, waits, tell, look_at)
     with ExitStack() as held:
