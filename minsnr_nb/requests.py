@@ -24,7 +24,7 @@ from .errors import MinsnrError
 from .durable import remove
 from .record.events import lifecycle
 from .record.directory import Run
-from .record.state import REQUESTS, ask, fence
+from .record.state import REQUESTS, ask, fence  # noqa: F401
 from .show import save_png, tile
 from .train_loop import Callback, Loop, StepResult
 

@@ -35,7 +35,6 @@ from minsnr_nb.jobs.queue import (
     events_of,
     find_own_run,
     job_row,
-    last_line,
     list_jobs,
     note_event,
     outputs_of,
