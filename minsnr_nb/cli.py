@@ -39,8 +39,12 @@ def _say(text: Any, file: Any = None) -> None:
 
 
 def announce(run) -> None:
-    "Print where a run lives"
+    "Print where a run lives, and note it when this process works on a job"
     _say(printable(f"RUN_DIR: {run.path}"))
+    if os.environ.get("MINSNR_JOB_DIR"):
+        from minsnr_nb.jobs.queue import note_run
+
+        note_run(run.path)
 
 
 def _warn(text: str) -> None:
@@ -998,6 +1002,182 @@ def _data_loader_check(
     _say(f"any step without the ones before it: {'yes' if done.direct else 'NO'}")
     return int(not done.ok)
 
+# %% ../nbs/73_cli.ipynb #7aa7c964
+_QUEUE = Annotated[str | None, {"metavar": "DIR"}]
+_JOB = Annotated[str, {"metavar": "JOB"}]
+_JOBS = Annotated[str, {"metavar": "JOB", "nargs": "+"}]
+_JOB_FILES = Annotated[str, {"metavar": "FILE", "nargs": "+"}]
+_JOB_OR_NO_FILES = Annotated[str, {"metavar": "FILE", "nargs": "*"}]
+
+
+def _queue_dir(queue: str | None) -> Path:
+    "Where the queue is: as the command says, or settings.ini"
+    from minsnr_nb.settings import project_root, settings
+
+    return Path(queue).resolve() if queue else Path(settings(project_root())["queue"])
+
+
+def _asked_for(words: tuple[str, ...], name: str | None = None) -> list[dict]:
+    "The jobs that files name; settings among the words are for all of them"
+    from minsnr_nb.jobs.queue import job_of
+
+    files, settings = _files(*words)
+    return [job_of(f, settings, name if len(files) == 1 else None) for f in files]
+
+# %% ../nbs/73_cli.ipynb #ce48af1c
+@_verb("run")
+def _run_files(
+    *file: _JOB_OR_NO_FILES,  # Configs, studies, notebooks, job files; key=value for all of them
+    name: _Text = None,  # -n: what the list is called, so that -r finds it
+    again: bool = False,  # -r: go on where it stopped; what is sealed is not repeated
+    queue: _QUEUE = None,  # Where lists are kept; settings.ini has the default
+) -> int:
+    "Do jobs one after another: minsnr run a.yaml b.yaml [-n NAME] [-r]"
+    from minsnr_nb.jobs.queue import list_jobs
+    from minsnr_nb.jobs.worker import count_jobs, pass_on, series_of, work
+
+    series = series_of(_queue_dir(queue), _asked_for(file), name, again)
+    show = lambda job, state: _job_told(job, state, series)  # noqa: E731
+    work(series, once=True, tell=show, warn=_warn, look_at=lambda w: pass_on(w, _say))
+    counted = count_jobs(list_jobs(series))
+    _say(counted.text)
+    return int(counted.failed)
+
+
+def _job_told(job: Any, state: Any, queue: Path) -> None:
+    "Say that a job begins, or how it ended"
+    why = f": {state.reason}" if state.reason else ""
+    _warn(f"{job.id} {job.name}: {state.name}{why}")
+
+# %% ../nbs/73_cli.ipynb #3a35592e
+@_verb("queue add")
+def _queue_add(
+    *file: _JOB_FILES,  # Configs, studies, notebooks, job files; key=value for all of them
+    name: _Text = None,  # What the list calls it; the file's name when not given
+    deaths: _Number = 3,  # Times that it is taken up again after its process died
+    queue: _QUEUE = None,  # settings.ini has the default
+) -> None:
+    "Put jobs at the end of the queue: minsnr queue add a.yaml [key=value …]"
+    from minsnr_nb.jobs.queue import add_job, typed_command
+
+    if deaths < 0:
+        raise ConfigError(f"--deaths {deaths}: at least 0")
+    asked = _asked_for(file, name)
+    if not asked:
+        raise ConfigError("queue add: which files? minsnr queue add a.yaml")
+    for one in asked:
+        job = add_job(_queue_dir(queue), one, deaths)
+        _say(f"{job.id}: {typed_command(job)}")
+
+# %% ../nbs/73_cli.ipynb #c06f1ffc
+@_verb("queue ls")
+def _queue_ls(
+    *,
+    json: bool = False,  # For scripts
+    queue: _QUEUE = None,  # settings.ini has the default
+) -> None:
+    "List the jobs, in the order in which they begin: minsnr queue ls [--json]"
+    from minsnr_nb.jobs.queue import job_row, list_jobs
+
+    home = _queue_dir(queue)
+    rows = [job_row(r) for r in list_jobs(home)]
+    if json:
+        return _say(_as_json(rows))
+    keys = ("job", "state", "name", "verb", "step", "tries", "why")
+    shown = [{k: str(row.get(k, ""))[:120] for k in keys} for row in rows]
+    _say(_columns(shown) if rows else f"no jobs in {home}")
+
+
+@_verb("queue show")
+def _queue_show(
+    job: _JOB,  # Number or name
+    *,
+    queue: _QUEUE = None,  # settings.ini has the default
+) -> None:
+    "Show all about a job: minsnr queue show 7"
+    from minsnr_nb.jobs.queue import find_job, job_facts, job_row
+
+    found = find_job(_queue_dir(queue), job)
+    rows = job_row(found) | (job_facts(found.job) if found.job else {})
+    _say("\n".join(f"{k}: {v}" for k, v in rows.items() if v != ""))
+
+# %% ../nbs/73_cli.ipynb #2b186983
+@_verb("queue mv")
+def _queue_mv(
+    job: _JOB,  # Number or name
+    *,
+    before: Annotated[str | None, {"metavar": "JOB"}] = None,  # One that waits
+    first: bool = False,  # Before all that wait
+    last: bool = False,  # After all that wait
+    queue: _QUEUE = None,  # settings.ini has the default
+) -> None:
+    "Change the order of what waits: minsnr queue mv 7 --first"
+    from minsnr_nb.jobs.queue import move_job
+
+    if (before is not None) + first + last != 1:
+        raise ConfigError("queue mv: one of --before JOB, --first, --last")
+    _say(" ".join(move_job(_queue_dir(queue), job, before, first)))
+
+
+def _each_job(jobs: tuple[str, ...], act: Callable, says: str, queue: str | None) -> None:
+    "Do something to every job, and say so"
+    for name in jobs:
+        done = act(_queue_dir(queue), name)
+        _say(f"{getattr(done, 'id', done)}: {says}")
+
+
+@_verb("queue rm")
+def _queue_rm(
+    *job: _JOBS,  # Numbers or names
+    queue: _QUEUE = None,  # settings.ini has the default
+) -> None:
+    "Remove jobs and what they printed; their runs stay: minsnr queue rm 7"
+    from minsnr_nb.jobs.queue import remove_job
+
+    _each_job(job, remove_job, "removed", queue)
+
+# %% ../nbs/73_cli.ipynb #c1d3fb0b
+@_verb("queue stop")
+def _queue_stop(
+    *job: _JOBS,  # Numbers or names
+    queue: _QUEUE = None,  # settings.ini has the default
+) -> None:
+    "Stop jobs that run, in good order, or take out those that wait: minsnr queue stop 7"
+    from minsnr_nb.jobs.queue import stop_job
+
+    _each_job(job, stop_job, "shall stop", queue)
+
+
+@_verb("queue retry")
+def _queue_retry(
+    *job: _JOBS,  # Numbers or names
+    queue: _QUEUE = None,  # settings.ini has the default
+) -> None:
+    "Let jobs that failed or were stopped wait once more: minsnr queue retry 7"
+    from minsnr_nb.jobs.queue import retry_job
+
+    _each_job(job, retry_job, "waits", queue)
+
+# %% ../nbs/73_cli.ipynb #cebb9a32
+@_verb("queue work")
+def _queue_work(
+    *,
+    slots: Annotated[str, {"metavar": "LIST"}] = "",  # As in cpu:1,cuda:0; one job per slot
+    once: bool = False,  # End when nothing waits: for cron and systemd
+    ask_s: float = 60.0,  # Seconds from a stop's request in the run to SIGTERM
+    term_s: float = 30.0,  # Seconds from SIGTERM to SIGKILL
+    queue: _QUEUE = None,  # settings.ini has the default
+) -> None:
+    "Take jobs from the queue and do them: minsnr queue work [--slots cpu:1,cuda:0] [--once]"
+    from minsnr_nb.jobs.worker import Waits, slots_of, work
+
+    home = _queue_dir(queue)
+    if not (0 <= ask_s < 1e6 and 0 <= term_s < 1e6):
+        raise ConfigError("--ask-s and --term-s are seconds, at least 0")
+    tell = lambda job, state: _job_told(job, state, home)  # noqa: E731
+    ended = work(home, slots_of(slots), once, Waits(ask_s, term_s), tell, _warn)
+    _say(", ".join(f"{n} {state}" for state, n in sorted(ended.items())) or "nothing waits")
+
 # %% ../nbs/73_cli.ipynb #101b7833
 _Weights = Annotated[str, {"metavar": "FILE|RUN|MODEL"}]
 _WeightsMany = Annotated[str, {"metavar": "FILE|RUN|MODEL", "nargs": "+"}]
@@ -1307,9 +1487,13 @@ def _verb_first(words: list[str]) -> list[str]:
     return [" ".join(words[:2]), *words[2:]]
 
 # %% ../nbs/73_cli.ipynb #75e25389
+_SHORT = {"run": {"-n": "--name", "-r": "--again"}}  # verb -> short options
+
+
 def _dispatch(words: list[str]) -> int:
     "Find the verb and call it"
     verb, *rest = _verb_first(words)
+    rest = [_SHORT.get(verb, {}).get(w, w) for w in rest]
     if verb in ("", "-h", "--help"):
         _say(_overview(), sys.stdout if verb else sys.stderr)
         return 0 if verb else 2

@@ -46,6 +46,7 @@ __all__ = [
     "cut",
     "desk",
     "digest",
+    "hold",
     "is_held",
     "make_dir",
     "open_desk",
@@ -57,7 +58,9 @@ __all__ = [
     "renew",
     "replace",
     "sha256",
+    "shared_desk",
     "staging",
+    "unhold",
     "whole_lines",
 ]
 
@@ -311,6 +314,10 @@ class Appender:
             if done and os.fstat(self._fd).st_size == end:
                 os.ftruncate(self._fd, end - done)
 
+    def fileno(self) -> int:
+        "The descriptor, for a child process whose output goes here"
+        return self._fd
+
     def sync(self) -> None:
         "Flush what was appended to the disk"
         with _doing("flush", self.path):
@@ -445,6 +452,31 @@ def _lock(fd: int, folder, wait_s: float) -> None:
             return None
 
 
+def hold(path) -> int | None:
+    "Lock a file until the descriptor is closed here and in every child that has it; None when another holds it"
+    with _doing("hold", path):
+        fd = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    for _ in range(5 if fcntl else 0):  # who asks `is_held` has the lock for a moment
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.002)
+        except OSError:  # a file system without locks
+            break
+    else:
+        if fcntl:
+            os.close(fd)
+            return None
+    return fd
+
+
+def unhold(fd: int) -> None:
+    "Close what `hold` has opened"
+    with suppress(OSError):
+        os.close(fd)
+
+
 def make_dir(path) -> list[Path]:
     "Make a directory and its missing parents; the ones that were made, outermost first"
     path = Path(path)
@@ -509,7 +541,7 @@ def publish_files(final, files: Mapping[str, Data]) -> Path:
     "Make a directory of files visible at once, or leave nothing; a name ending in / is a directory"
     final = Path(final)
     make_dir(final.parent)
-    with _swept(final.parent):
+    with shared_desk(final.parent):
         staging = _hidden(final, "new")
         try:
             for name, data in files.items():
@@ -522,8 +554,9 @@ def publish_files(final, files: Mapping[str, Data]) -> Path:
 
 
 @contextmanager
-def _swept(folder: Path):
-    "Have a desk in a directory, and remove those of processes that died there while they published"
+def shared_desk(folder):
+    "Have a desk in a directory of many writers, and remove the desks of those that died there"
+    folder = Path(folder)
     if _desk_of(folder / "anything"):
         yield
         return

@@ -39,7 +39,7 @@ from .requests import Requests, Stopped, catching
 from .processes.team import Hired, ProcessLost, lead, send_files
 from .record.directory import Run, create_run
 from .record.directory import write_summary
-from .record.checks import is_sealed
+from .record.state import is_sealed
 from minsnr_nb.record.state import (
     attempts_of,
     beat,

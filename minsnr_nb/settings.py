@@ -51,7 +51,7 @@ def project_root(
 
 # %% ../nbs/04_settings.ipynb #cef5094d
 SETTINGS: dict[str, Any] = {"runs": Path("runs"), "data": Path("data"), "models": Path("models")}
-SETTINGS |= {"device": "auto", "threads": 0, "latents": "cache"}
+SETTINGS |= {"queue": Path("queue"), "device": "auto", "threads": 0, "latents": "cache"}
 
 
 def _typed(root: Path, key: str, text: str, source: str) -> Path | int | str:

@@ -497,6 +497,8 @@ APART |= {
     "data buckets",
     "data loader-check",
 }  # they read folders of pictures
+APART |= {"run", *(f"queue {v}" for v in "add ls show mv rm stop retry work".split())}
+# they start the other verbs, as processes
 APART |= {"sweep", "verdict"}  # tried by themselves: their runs belong to a study
 
 

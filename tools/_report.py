@@ -27,6 +27,7 @@ FOLDERS = {
     "vae": Folder(62.5, without=("record",)),
     "analysis": Folder(69, without=("record",)),
     "sweep": Folder(72.5),
+    "jobs": Folder(72.7, without=("torch",)),
 }
 # At the top level, the pages between these numbers (both included) never import the record.
 HEART = ((20, 51), (60, 62))

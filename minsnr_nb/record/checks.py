@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'NEEDED', 'VERSIONS', 'TEXTS', 'MADE_AT', 'EXCLUDED', 'Check', 'check', 'check_run', 'contract_report',
-           'files_of', 'is_sealed', 'inventory', 'seal_digest', 'seal_problems']
+           'files_of', 'inventory', 'seal_digest', 'seal_problems']
 
 # %% ../../nbs/record/22_checks.ipynb #32f49cba
 import json
@@ -53,7 +53,7 @@ from minsnr_nb.record.generations import (
 )
 from .evaluations import evaluation_problems, list_evaluations
 from .predictions import set_problems
-from .state import attempts_of, derive_state, read_status
+from .state import attempts_of, derive_state, is_sealed, read_status
 from .strict_json import json_or_none, read_json, read_log, to_json
 from ..strict_yaml import MAX_BYTES, read_yaml
 
@@ -278,11 +278,6 @@ class _Inspected(Run):
         return _Log(summary, found, left_out)
 
 # %% ../../nbs/record/22_checks.ipynb #739829e5
-def is_sealed(run: Run) -> bool:
-    "Whether there is a seal; `check_run` tells whether it holds"
-    return (run.path / "meta/seal.json").is_file()
-
-
 @check("B.manifest", "L1", "run_manifest.json is a projection of meta/provenance.json")
 def _manifest(run):
     have = read_json(run.path / "run_manifest.json")

@@ -33,7 +33,7 @@ from ..durable import Busy, Displaced, alone, claim, make_dir
 from ..errors import ConfigError, MinsnrError
 from ..evaluate import Evaluator
 from ..lab import build, load
-from ..record.checks import is_sealed
+from ..record.state import is_sealed
 from ..record.directory import Run, list_runs
 from ..record.state import Owned, derive_state, read_status
 from ..requests import STOPPING, Stopped

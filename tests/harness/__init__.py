@@ -12,6 +12,7 @@ from . import (
     identity,
     notebook,
     power,
+    queue,
     races,
     strangers,
     syscalls,
@@ -39,5 +40,7 @@ PARTS = {
     "strangers": (strangers.strangers, {}, {"most": 24}),
     "notebook": (notebook.notebook, {"n": 300, "real": 10}, {"n": 20, "real": 1}),
     "costs": (costs.costs, {"n": 5000}, {"n": 500}),
+    "queue": (queue.queue_kills, {"n": 1000}, {"n": 12}),
+    "queue_races": (queue.queue_races, {"n": 1000}, {"n": 20}),
     "index": (costs.index, {"n": 10_000}, {"n": 300}),
 }
