@@ -205,20 +205,18 @@ def start_job(
         return None
     if lease is None:
         return None
+    working = None
     try:
         state = state_of(job, mine=True)
-        if state.name != "waiting" or not _begun(job, state, slot):
-            durable.unhold(lease)
-            return None
-        process = _popen(job, slot, lease, state.phase.attempts + 1, waits)
+        if state.name == "waiting" and _begun(job, state, slot):
+            process = _popen(job, slot, lease, state.phase.attempts + 1, waits)
+            working = Working(job, slot, process, lease)
     except (MinsnrError, OSError) as e:
         _not_started(job, e)
-        durable.unhold(lease)
-        return None
-    except BaseException:
-        durable.unhold(lease)
-        raise
-    return Working(job, slot, process, lease)
+    finally:
+        if working is None:
+            durable.unhold(lease)
+    return working
 
 # %% ../../nbs/jobs/11_worker.ipynb #071fc1e9
 def _lease_made(job: Job) -> None:
