@@ -188,7 +188,7 @@ def test_every_key_of_evaluation_is_read(monkeypatch):
 
 
 SET = {"runs": "r", "data": "d", "models": "m", "device": "nowhere", "threads": "2"}
-SET |= {"latents": "direct"}  # in test_codec
+SET |= {"latents": "direct", "queue": "q"}  # in test_codec, in test_queue
 
 
 def test_every_key_of_settings_is_tried():

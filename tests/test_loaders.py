@@ -39,7 +39,7 @@ def test_loaders_a_wrong_suggestion_is_found(monkeypatch):
 
 def test_loaders_missing_guards_are_found(healthy):
     weaker = """
-import minsnr_nb.api as a, minsnr_nb.record.generations as c, minsnr_nb.record.checks as r
+import minsnr_nb.weights.tensors as a, minsnr_nb.record.generations as c, minsnr_nb.record.checks as r
 a.tensor_bytes = lambda path: path.read_bytes()
 c.inside = r.inside = lambda root, name, source="": root / name
 """

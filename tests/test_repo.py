@@ -341,7 +341,7 @@ BROKEN = {
     "too many pages": (
         "nbs",
         lambda h: [write_page(h / f"nbs/{n}_page.ipynb") for n in range(50, 84)],
-        "at most 33",
+        "at most 32, the rest",
     ),
     "no export": (
         "nbs",
